@@ -1,0 +1,329 @@
+"""Writes the generated parts of docs/PROTOCOL.md from the data that the code uses.
+
+    python -m shadowmmu.protocol.docgen [--check] [docs/PROTOCOL.md]
+
+The page has sections between `<!-- generated: NAME -->` and `<!-- end -->`; each is replaced by what the function of
+that name in `SECTIONS` returns. `--check` changes nothing and fails if the page is not up to date.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final, get_args
+
+import msgspec
+from msgspec import inspect
+
+from shadowmmu.protocol import messages as m
+from shadowmmu.protocol.codec import DIRECTIONS, FROM_COORDINATOR, FROM_MMU, TO_COORDINATOR, TO_MMU, Direction
+from shadowmmu.protocol.errors import REGISTRY, Effect
+from shadowmmu.protocol.events import AccessFlag
+from shadowmmu.protocol.fields import note
+from shadowmmu.protocol.heartbeat import MISSED_LIMIT
+from shadowmmu.protocol.ledger import EVENT_CREDITS, HOST_CREDITS
+from shadowmmu.protocol.states import CONVERSATIONS, Conversation, Side, State
+
+__all__ = ["SECTIONS", "main", "render"]
+
+MESSAGES: Final[dict[Direction, tuple[type[m.Message], ...]]] = {
+    TO_MMU: get_args(m.VcpuMessage),
+    FROM_MMU: get_args(m.MmuMessage),
+    TO_COORDINATOR: get_args(m.MemberMessage),
+    FROM_COORDINATOR: get_args(m.CoordinatorMessage),
+}
+ALIASES: Final = {m.LoggedAccess: "LoggedAccess"}
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _size(count: int) -> str:
+    for unit, name in ((1 << 20, "MiB"), (1 << 10, "KiB")):
+        if count % unit == 0:
+            return f"{count // unit} {name}"
+    return f"{count} bytes"
+
+
+def _limits() -> str:
+    sizes = _table(
+        ["Direction", "Soft limit: refused above", "Hard limit: connection cut above"],
+        [
+            (direction.name, _size(direction.soft_limit), _size(direction.hard_limit))
+            for direction in DIRECTIONS
+        ],
+    )
+    counts = _table(
+        ["Limit", "Value"],
+        [
+            ("Accesses in one Log", str(m.LOG_LIMIT)),
+            ("Age at which a log is shipped at the latest", f"{m.LOG_SECONDS * 1000:g} ms"),
+            ("Log messages of a vCPU that are not applied yet", str(m.LOG_CREDITS)),
+            ("Host requests of an agent under way", str(HOST_CREDITS)),
+            ("Event batches that the coordinator has not taken in yet", str(EVENT_CREDITS)),
+            ("Heartbeat intervals of silence after which a peer is given up", str(MISSED_LIMIT)),
+        ],
+    )
+    return f"{sizes}\n\n{counts}"
+
+
+def _access_flags() -> str:
+    return _table(
+        ["Bit", "Value", "Name"], [(str(f.bit_length() - 1), hex(f), f.name or "") for f in AccessFlag]
+    )
+
+
+# --- messages -----------------------------------------------------------------------------------------------------
+
+
+def _doc(kind: type) -> str:
+    text = kind.__doc__ or ""
+    return " ".join(text.split())
+
+
+def _range(low: float | None, high: float | None) -> str:
+    if low is None and high is None:
+        return ""
+    if high is None:
+        return f", at least {low}"
+    return f" {low} to {high}"
+
+
+def _type(info: inspect.Type) -> str:
+    match info:
+        case inspect.Metadata():
+            maximum = (info.extra_json_schema or {}).get("maximum")
+            if maximum == (1 << 64) - 1:
+                return "u64"
+            return _type(info.type)
+        case inspect.IntType():
+            if info.ge == 0 and info.le is not None and (info.le & (info.le + 1)) == 0 and info.le > 255:
+                return f"u{info.le.bit_length()}"
+            return "int" + _range(info.ge, info.le)
+        case inspect.FloatType():
+            return "float" + _range(info.ge, info.le)
+        case inspect.StrType():
+            return "str" + (
+                f", {info.min_length or 0} to {info.max_length} characters" if info.max_length else ""
+            )
+        case inspect.BytesType():
+            return "bin"
+        case inspect.BoolType():
+            return "bool"
+        case inspect.NoneType():
+            return "null"
+        case inspect.EnumType():
+            return " / ".join(f'"{member.value}"' for member in info.cls)
+        case inspect.ListType():
+            least, most = info.min_length, info.max_length
+            count = f", {least or 0} to {most}" if most is not None else ""
+            return f"array of {_type(info.item_type)}{count}"
+        case inspect.TupleType():
+            for alias, name in ALIASES.items():
+                if inspect.type_info(alias) == info:
+                    return name
+            return f"[{', '.join(map(_type, info.item_types))}]"
+        case inspect.DictType():
+            return f"map of {_type(info.key_type)} to {_type(info.value_type)}"
+        case inspect.UnionType():
+            structs = [part for part in info.types if isinstance(part, inspect.StructType)]
+            if len(structs) > 1:
+                return "one of " + ", ".join(f"[{s.cls.__name__}](#{_anchor(s.cls)})" for s in structs)
+            return " or ".join(map(_type, info.types))
+        case inspect.StructType():
+            return f"[{info.cls.__name__}](#{_anchor(info.cls)})"
+        case _:
+            raise NotImplementedError(info)
+
+
+def _anchor(kind: type) -> str:
+    return kind.__name__.lower()
+
+
+def _default(field: inspect.Field) -> str:
+    if field.default_factory is not msgspec.NODEFAULT:
+        return "empty"
+    value = field.default
+    if value is msgspec.NODEFAULT:
+        return "required"
+    return f"`{json.dumps(msgspec.to_builtins(value))}`"
+
+
+def _struct(kind: type, level: str) -> str:
+    info = inspect.type_info(kind)
+    assert isinstance(info, inspect.StructType)
+    heading = f"{level} {kind.__name__}"
+    text = _doc(kind)
+    if info.tag is not None:
+        text = f'`"{info.tag_field}": "{info.tag}"`. {text}'
+    rows = [
+        (f"`{field.encode_name}`", _type(field.type), _default(field), note(kind.__name__, field.name))
+        for field in info.fields
+    ]
+    table = _table(["Field", "Type", "Default", "Meaning"], rows)
+    return "\n\n".join([heading, text, table] if rows else [heading, text])
+
+
+def _inner(kinds: Iterable[type]) -> list[type]:
+    """The structs that occur inside messages, in order of appearance."""
+    found: dict[type, None] = {}
+
+    def visit(info: inspect.Type) -> None:
+        match info:
+            case inspect.StructType():
+                if info.cls not in found and info.cls not in top:
+                    found[info.cls] = None
+                for field in info.fields:
+                    visit(field.type)
+            case inspect.UnionType():
+                for part in info.types:
+                    visit(part)
+            case inspect.Metadata():
+                visit(info.type)
+            case inspect.ListType():
+                visit(info.item_type)
+            case _:
+                pass
+
+    top = dict.fromkeys(kinds)
+    for kind in top:
+        visit(inspect.type_info(kind))
+    return list(found)
+
+
+def _messages() -> str:
+    parts: list[str] = []
+    seen: set[type] = set()
+    for direction in DIRECTIONS:
+        parts.append(f"### {direction.name.capitalize().replace('mmu', 'MMU')}")
+        both = [kind.__name__ for kind in MESSAGES[direction] if kind in seen]
+        parts += [_struct(kind, "####") for kind in MESSAGES[direction] if kind not in seen]
+        if both:
+            parts.append(f"Also, as above: {', '.join(both)}.")
+        seen.update(MESSAGES[direction])
+    parts.append("### Inside messages")
+    parts += [_struct(kind, "####") for kind in _inner(kind for kinds in MESSAGES.values() for kind in kinds)]
+    return "\n\n".join(parts)
+
+
+# --- legal order --------------------------------------------------------------------------------------------------
+
+
+def _states(states: Iterable[State]) -> str:
+    return ", ".join(state.value for state in states)
+
+
+def _order_rows(conversation: Conversation) -> list[Sequence[str]]:
+    rows: list[Sequence[str]] = []
+    for rule in conversation.rules:
+        sender = "peer" if rule.sender is Side.PEER else "service"
+        then = rule.to.value if rule.to is not None else "unchanged"
+        who = "receiver only" if rule.crossing else "both"
+        remark = "dropped" if rule.ignored and rule.crossing else "late, dropped" if rule.ignored else ""
+        rows.append((sender, rule.message.__name__, _states(rule.at), then, who, remark))
+    return rows
+
+
+def _diagram(conversation: Conversation) -> str:
+    """The rules that change the state. Of the arrows to the end, which begin everywhere, only the ordinary one."""
+    last = next(s for s in (State.LEAVING, State.REPORTED, State.JOINED) if s in conversation.states)
+    edges: dict[tuple[State, State], list[str]] = {}
+    for rule in conversation.rules:
+        for state in rule.at:
+            if rule.to in (None, state) or rule.crossing or (rule.to is State.ENDED and state is not last):
+                continue
+            edges.setdefault((state, rule.to), []).append(rule.message.__name__)
+    lines = ["```mermaid", "stateDiagram-v2"]
+    lines += [f'    state "{state.value}" as {state.name}' for state in conversation.states]
+    lines.append(f"    [*] --> {State.DETACHED.name}")
+    lines += [f"    {a.name} --> {b.name} : {', '.join(names)}" for (a, b), names in edges.items()]
+    lines.append("```")
+    return "\n".join(lines)
+
+
+def _order() -> str:
+    parts = []
+    for conversation in CONVERSATIONS:
+        parts.append(f"### {conversation.title}")
+        parts.append(_diagram(conversation))
+        head = ["Sender", "Message", "In state", "Then", "For", "Remark"]
+        parts.append(_table(head, _order_rows(conversation)))
+    return "\n\n".join(parts)
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+
+
+def _errors() -> str:
+    effects = {Effect.NONE: "definite: none", Effect.UNKNOWN: "indefinite", Effect.DONE: "definite: complete"}
+    return _table(
+        ["Code", "Where", "Meaning", "Effect", "Ends the session", "What to do"],
+        [
+            (f"`{i.code}`", i.stage.value, i.meaning, effects[i.effect], "yes" if i.ends else "no", i.advice)
+            for i in REGISTRY.values()
+        ],
+    )
+
+
+def _example() -> str:
+    lines = Path("docs/examples/one_page_fault.py").read_text().strip().splitlines()
+    return "\n".join(["```python", *(line for line in lines if not line.startswith("# ruff:")), "```"])
+
+
+SECTIONS: Final[dict[str, Callable[[], str]]] = {
+    "limits": _limits,
+    "access-flags": _access_flags,
+    "messages": _messages,
+    "order": _order,
+    "errors": _errors,
+    "example": _example,
+}
+"""What is generated, by the name in the page's marks."""
+
+_MARKED: Final = re.compile(r"(<!-- generated: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def render(page: str) -> str:
+    """The page with all generated sections up to date. Raises ValueError if one is missing or unknown."""
+    found: list[str] = []
+
+    def section(match: re.Match[str]) -> str:
+        found.append(match[2])
+        if match[2] not in SECTIONS:
+            raise ValueError(f"unknown section {match[2]}")
+        return f"{match[1]}\n{SECTIONS[match[2]]()}\n\n{match[3]}"
+
+    rendered = _MARKED.sub(section, page)
+    if sorted(found) != sorted(SECTIONS):
+        raise ValueError(f"the page has the sections {found}, not {list(SECTIONS)}")
+    return rendered
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    args: list[Any] = list(sys.argv[1:] if arguments is None else arguments)
+    check = "--check" in args
+    paths = [arg for arg in args if arg != "--check"] or ["docs/PROTOCOL.md"]
+    path = Path(paths[0])
+    page = path.read_text()
+    rendered = render(page)
+    if rendered == page:
+        return 0
+    if check:
+        sys.stderr.write(f"{path} is not up to date: run python -m shadowmmu.protocol.docgen\n")
+        return 1
+    path.write_text(rendered)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

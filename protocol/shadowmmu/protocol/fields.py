@@ -1,0 +1,121 @@
+"""What each field of a message means, and in which unit: the data dictionary.
+
+`NOTES` is keyed by field name, or by `Message.field` where a message's field means something of its own.
+docs/PROTOCOL.md prints it; a test sees to it that no field lacks a note and no note lacks a field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+__all__ = ["NOTES", "note"]
+
+NOTES: Final[Mapping[str, str]] = {
+    # Guest entries and walks.
+    "entry": "Number of the guest entry, counted from 1 in each incarnation.",
+    "Entered.entry": "Number of the guest entry that begins: one more than the last.",
+    "Kick.entry": "The guest entry to be left. Ignored if it has ended.",
+    "walk": "Number of the walk, counted from 1 in each incarnation.",
+    "gva": "Guest virtual address, in bytes.",
+    "Walk.flags": "What the access is: AccessFlag bits 0 to 4.",
+    "Walked.flags": "What the translation permits and is: AccessFlag bits 8 and up.",
+    "Instruction.flags": "What the access is: AccessFlag bits 0 to 4.",
+    "pfn": "Host frame number (host physical address / 4096) of the first 4 KiB frame of the leaf.",
+    "level": "Level of the leaf entry: 1 maps 4 KiB, 2 maps 2 MiB, 3 maps 1 GiB.",
+    "error_code": "Page-fault error code, PFERR bits: 1 present, 2 write, 4 user, 8 reserved bit, 16 fetch.",
+    "accesses": "The accesses, in program order.",
+    "access": "The access. The value is 0 for a load, the operand for a locked operation.",
+    "op": "The locked operation.",
+    "Instruction.op": "The locked operation; absent for plain loads and stores.",
+    "expected": "The value that cmpxchg compares with, little-endian unsigned, of the access's size.",
+    "Instruction.value": "What is stored, or the operand of `op`: little-endian unsigned.",
+    "Completed.value": "What was loaded, or the old value of a locked operation: little-endian unsigned.",
+    "Loaded.value": "What was loaded, or the old value of a locked operation: little-endian unsigned.",
+    "RegisterWriteExit.value": "What the guest writes.",
+    "size": "Bytes.",
+    "reason": "Why guest mode was left: a map with a tag of its own.",
+    "instruction": "The instruction that was executing, for the emulator.",
+    "register": "The register.",
+    "targets": "Numbers of the vCPUs.",
+    "vector": "Interrupt vector.",
+    "flush": "Empty the TLB (the VPID's entries) before anything else.",
+    "inject": "Take this page fault before the next instruction.",
+    "cr2": "The faulting guest virtual address, in bytes.",
+    "completed": "The instruction of the last exit was executed by the emulator; absent: execute it again.",
+    "general_protection": "The register write of the last exit was refused: the guest takes #GP.",
+    "interrupts": "Vectors of the interrupts to be taken before the next instruction, in order.",
+    "mmio": "The access went to a device.",
+    "Applied.logs": "How many more Log messages have been applied.",
+    # Sessions.
+    "role": "What the sender is.",
+    "name": "Who the sender is, for people to read.",
+    "vcpu": "Number of the vCPU.",
+    "Attach.vcpu": "The vCPU to attach as; null: the service chooses one that is free.",
+    "Attached.vcpu": "The vCPU that the sender is now; null for host agents and probes.",
+    "Ready.vcpu": "The vCPU that the MMU service made of the member; null for others.",
+    "incarnation": "Number of this incarnation, which every envelope carries from now on; from 1, never used again.",
+    "vpid": "Whether TLB entries are tagged by VPID; if not, every entry and exit empties the TLB.",
+    "heartbeat": "Seconds between heartbeats.",
+    "code": "A code of the error registry.",
+    "text": "Details, for people to read.",
+    "Finished.text": "The verdict's reason, for people to read.",
+    "VcpuLost.text": "Why, for people to read.",
+    "seq": "Sequence number of the message refused; 0 if it could not be read that far.",
+    # Host operations.
+    "request": "Number of the request, counted from 1 in each incarnation.",
+    "operation": "The operation: a map with a tag of its own.",
+    "paced": (
+        "Start it when the guest has come far enough for the run's `host_rate`; a request that is not paced starts "
+        "at once, and with it all paced ones before it."
+    ),
+    "result": "What the operation returned; 0 where it returns nothing.",
+    "gfns": "GetDirtyLog: guest frame numbers of the dirty pages; else empty.",
+    "gfn": "Guest frame number (guest physical address / 4096).",
+    "npages": "Pages of 4 KiB.",
+    "writable": "Whether the new mapping may be written.",
+    "slot": "Number of the memory slot.",
+    "enable": "On or off.",
+    "Shrink.n": "Objects to scan, as the kernel's nr_to_scan.",
+    "SetMmuPages.n": "Shadow pages.",
+    "words": "Pairs [gpa, value]: guest physical address in bytes, a multiple of 8, and eight bytes little-endian.",
+    "cr0": "CR0.",
+    "cr3": "CR3: guest physical address of the root table, in bytes.",
+    "cr4": "CR4.",
+    "efer": "EFER.",
+    # Runs.
+    "endpoint": "ZeroMQ address at which the workers reach the sender; the MMU service only.",
+    "member": "Number of the member, from 1; serves as the incarnation in this conversation's envelopes.",
+    "config": "The run's configuration.",
+    "mmu_endpoint": "ZeroMQ address of the MMU service; empty in the welcome of the MMU service itself.",
+    "vcpus": "How many vCPUs take part.",
+    "counters": "Counters by name, since the start of the run.",
+    "done": "The member's share of the guest instructions is executed.",
+    "first": "Number of the first event; the next batch begins where this one ends.",
+    "count": "Events in `data`.",
+    "data": "The events, each a MessagePack array, one after another (`shadowmmu.protocol.events`).",
+    "batches": "How many more batches have been taken in.",
+    "histograms": "HdrHistogram V2 encodings (base64) by name; microseconds.",
+    "info": "Free-form texts by name.",
+    "verdict": "How the run ended.",
+    # RunConfig.
+    "workload": "The guest program.",
+    "seed": "Seeds programs and choices.",
+    "ops": "Guest instructions of all vCPUs together.",
+    "profile": "The kernel that is simulated.",
+    "audit": "When the mmu_audit checks run.",
+    "mutant": "A defect put in on purpose; null: none.",
+    "memory_pages": "Guest memory, in frames of 4 KiB.",
+    "mmu_pages": "Limit on shadow pages.",
+    "park_rate": "Share of the named points at which an operation is parked.",
+    "park_steps": "Scheduler steps for which an operation is parked at most.",
+    "host_rate": "Host agent operations per 1,000 guest instructions.",
+    "tlb_sets": "Sets of a vCPU's TLB for 4 KiB entries; large entries have a quarter.",
+    "tlb_ways": "Ways of each set.",
+    "check": "Whether the run is checked for coherence while it goes on.",
+}
+
+
+def note(message: str, field: str) -> str:
+    """The note on a field of a message (or of a struct inside one). Raises KeyError if there is none."""
+    return NOTES.get(f"{message}.{field}") or NOTES[field]

@@ -1,0 +1,614 @@
+"""Every message of the protocol, as a typed struct.
+
+Three conversations share one framing (`codec`): a vCPU with the MMU service, a host agent with the MMU service, and
+every process of a run with the coordinator. Messages are tagged MessagePack maps, except those of the hot path
+(accesses in a log), which are arrays. `docs/PROTOCOL.md` explains each field; the legal order is in `session`.
+
+Units: `gva`, `gpa`, `cr2`, `cr3` are byte addresses; `gfn`, `pfn` are frame numbers (address / 4096); sizes are bytes;
+`entry` is the number of a guest entry, counted from 1 per incarnation.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+# MessagePack has no integer above 64 bits, and msgspec no bounds above 63: the format itself is U64's upper bound.
+U64: TypeAlias = Annotated[int, Meta(ge=0, extra_json_schema={"maximum": 0xFFFF_FFFF_FFFF_FFFF})]
+U32: TypeAlias = Annotated[int, Meta(ge=0, le=0xFFFF_FFFF)]
+Frame: TypeAlias = Annotated[int, Meta(ge=0, le=(1 << 40) - 1)]
+AccessSize: TypeAlias = Annotated[int, Meta(ge=1, le=8)]
+Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=64)]
+Text: TypeAlias = Annotated[str, Meta(max_length=1024)]
+VcpuId: TypeAlias = Annotated[int, Meta(ge=0, le=255)]
+
+LOG_LIMIT = 64
+"""Most accesses in one Log message."""
+LOG_SECONDS = 0.005
+"""A log is shipped after this long at the latest."""
+LOG_CREDITS = 4
+"""Most Log messages of a vCPU that the service has not applied yet."""
+
+
+class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="t"):
+    """A message body; the member `t` names its type."""
+
+
+def tag_of(message: _Message) -> str:
+    """The name of a message's type on the wire."""
+    tag = message.__struct_config__.tag
+    assert isinstance(tag, str)
+    return tag
+
+
+# --- instructions and registers ---------------------------------------------------------------------------------
+
+
+class LockedOp(enum.Enum):
+    """A locked read-modify-write."""
+
+    CMPXCHG = "cmpxchg"
+    XCHG = "xchg"
+    XADD = "xadd"
+
+
+class Instruction(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The memory access that the vCPU was executing, for the emulator.
+
+    `flags`: AccessFlag bits 0 to 4; `value` to be stored, or the operand of `op`; `expected` for cmpxchg.
+    """
+
+    flags: Annotated[int, Meta(ge=0, le=31)]
+    size: AccessSize = 8
+    value: U64 = 0
+    op: LockedOp | None = None
+    expected: U64 = 0
+
+
+class ControlRegister(enum.Enum):
+    """A register whose write exits."""
+
+    CR0 = "cr0"
+    CR3 = "cr3"
+    CR4 = "cr4"
+    EFER = "efer"
+
+
+# --- why a guest entry ended -------------------------------------------------------------------------------------
+
+
+class PageFaultExit(_Message, tag="page_fault", frozen=True):
+    """The hardware walk faulted. `error_code`: PFERR bits. `instruction` is executed again, or emulated."""
+
+    gva: U64
+    error_code: Annotated[int, Meta(ge=0, le=31)]
+    instruction: Instruction
+
+
+class InvlpgExit(_Message, tag="invlpg", frozen=True):
+    """The guest executed INVLPG."""
+
+    gva: U64
+
+
+class RegisterWriteExit(_Message, tag="register_write", frozen=True):
+    """The guest wrote a control register or EFER."""
+
+    register: ControlRegister
+    value: U64
+
+
+class SendIpiExit(_Message, tag="send_ipi", frozen=True):
+    """The guest wrote its local APIC: an interrupt `vector` to each vCPU in `targets`."""
+
+    targets: Annotated[list[VcpuId], Meta(max_length=256)]
+    vector: Annotated[int, Meta(ge=32, le=255)]
+
+
+class HaltExit(_Message, tag="halt", frozen=True):
+    """The guest executed HLT: it is entered again when an interrupt is pending."""
+
+
+class ExternalInterruptExit(_Message, tag="external_interrupt", frozen=True):
+    """The vCPU was kicked."""
+
+
+ExitReason: TypeAlias = (
+    PageFaultExit | InvlpgExit | RegisterWriteExit | SendIpiExit | HaltExit | ExternalInterruptExit
+)
+
+# --- a vCPU to the MMU service -----------------------------------------------------------------------------------
+
+
+class Role(enum.Enum):
+    """What a peer is."""
+
+    MMU = "mmu"
+    VCPU = "vcpu"
+    HOST = "host"
+    PROBE = "probe"  # asks for health only
+
+
+class Attach(_Message, tag="attach", frozen=True):
+    """First message to the MMU service. `vcpu`: a number to attach as (again), or None: the service gives one."""
+
+    role: Role
+    name: Name
+    vcpu: VcpuId | None = None
+
+
+class Enter(_Message, tag="enter", frozen=True):
+    """The first guest entry of an incarnation is asked for."""
+
+
+LoggedAccess: TypeAlias = tuple[Annotated[int, Meta(ge=0, le=0xFFFF)], U64, Frame, AccessSize, U64]
+"""(AccessFlag bits, gva, pfn of the 4 KiB frame, size, value stored; 0 for a load)."""
+
+
+class Log(_Message, tag="log", frozen=True):
+    """Accesses that hit the TLB, in program order; none of their values is used."""
+
+    entry: U64
+    accesses: Annotated[list[LoggedAccess], Meta(min_length=1, max_length=LOG_LIMIT)]
+
+
+class Walk(_Message, tag="walk", frozen=True):
+    """The TLB has no usable translation: walk the shadow tables. `walk` numbers the vCPU's walks."""
+
+    entry: U64
+    walk: U64
+    gva: U64
+    flags: Annotated[int, Meta(ge=0, le=31)]
+
+
+class Load(_Message, tag="load", frozen=True):
+    """A load whose value the program uses."""
+
+    entry: U64
+    access: LoggedAccess
+
+
+class Locked(_Message, tag="locked", frozen=True):
+    """A locked operation; the access's value is its operand."""
+
+    entry: U64
+    access: LoggedAccess
+    op: LockedOp
+    expected: U64 = 0
+
+
+class Exit(_Message, tag="exit", frozen=True):
+    """Guest entry `entry` ended. Everything the vCPU did in it was sent before. Answers a kick of that entry."""
+
+    entry: U64
+    reason: ExitReason
+
+
+class Detach(_Message, tag="detach", frozen=True):
+    """The peer leaves; legal outside guest mode only."""
+
+
+# --- the MMU service to a vCPU -----------------------------------------------------------------------------------
+
+
+class Attached(_Message, tag="attached", frozen=True):
+    """The peer is `vcpu` (None for a host agent), as incarnation `incarnation`."""
+
+    vcpu: VcpuId | None
+    incarnation: U64
+    vpid: bool
+    heartbeat: float  # seconds between heartbeats
+
+
+class InjectedFault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A page fault that the guest's handler takes first. `cr2` is the faulting gva."""
+
+    error_code: Annotated[int, Meta(ge=0, le=31)]
+    cr2: U64
+
+
+class Completed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The emulator executed the instruction of the last exit. `value`: loaded, or the old value of a locked one."""
+
+    value: U64 = 0
+    mmio: bool = False
+
+
+class Entered(_Message, tag="entered", frozen=True, omit_defaults=True):
+    """Guest mode, entry number `entry`.
+
+    `flush`: empty the TLB first. `inject`: take this page fault first. `completed`: the instruction of the last exit
+    is done (absent: execute it again). `general_protection`: the register write was refused. `interrupts`: vectors
+    to take before the next instruction.
+    """
+
+    entry: U64
+    flush: bool = False
+    inject: InjectedFault | None = None
+    completed: Completed | None = None
+    general_protection: bool = False
+    interrupts: Annotated[list[int], Meta(max_length=256)] = []
+
+
+class Walked(_Message, tag="walked", frozen=True):
+    """The walk found a translation.
+
+    `pfn`: of the leaf's first 4 KiB frame; `level`: 1 or 2 (3); `flags`: AccessFlag bits 8 and up.
+    """
+
+    entry: U64
+    walk: U64
+    pfn: Frame
+    level: Annotated[int, Meta(ge=1, le=3)]
+    flags: Annotated[int, Meta(ge=0, le=0xFFFF)]
+
+
+class WalkFault(_Message, tag="walk_fault", frozen=True):
+    """The walk faulted with PFERR bits `error_code`: the vCPU exits with a page fault."""
+
+    entry: U64
+    walk: U64
+    error_code: Annotated[int, Meta(ge=0, le=31)]
+
+
+class Loaded(_Message, tag="loaded", frozen=True):
+    """The answer to Load, or the old value for Locked."""
+
+    entry: U64
+    value: U64
+
+
+class Applied(_Message, tag="applied", frozen=True):
+    """`logs` more Log messages have been applied: the vCPU may send as many more."""
+
+    logs: U32
+
+
+class Kick(_Message, tag="kick", frozen=True):
+    """Leave guest entry `entry`. Ignored if the vCPU is not in it any more."""
+
+    entry: U64
+
+
+# --- the host agent and the MMU service --------------------------------------------------------------------------
+
+
+class Unmap(_Message, tag="unmap", frozen=True):
+    """The host unmaps the page; it comes back in the same host frame. Notifier invalidate_page.
+
+    Result 1, or 0 if it was not there.
+    """
+
+    gfn: Frame
+
+
+class UnmapRange(_Message, tag="unmap_range", frozen=True):
+    """The same for `npages` pages. Notifiers invalidate_range_start and invalidate_range_end."""
+
+    gfn: Frame
+    npages: Annotated[int, Meta(ge=1, le=1 << 20)]
+
+
+class Reclaim(_Message, tag="reclaim", frozen=True):
+    """The host swaps the page out; it comes back in another host frame. Notifier invalidate_page.
+
+    Result 1, or 0 if it was not there.
+    """
+
+    gfn: Frame
+
+
+class Move(_Message, tag="move", frozen=True):
+    """The host backs the page by a new host frame at once. Notifier change_pte."""
+
+    gfn: Frame
+    writable: bool
+
+
+class Age(_Message, tag="age", frozen=True):
+    """Notifier clear_flush_young. Result 0 or 1."""
+
+    gfn: Frame
+
+
+class TestAge(_Message, tag="test_age", frozen=True):
+    """Notifier test_young. Result 0 or 1."""
+
+    gfn: Frame
+
+
+class SetDirtyLog(_Message, tag="set_dirty_log", frozen=True):
+    """Turn dirty logging of a memory slot on or off."""
+
+    slot: U32
+    enable: bool
+
+
+class GetDirtyLog(_Message, tag="get_dirty_log", frozen=True):
+    """Read and reset the dirty log of a slot. Result: number of dirty pages; `gfns` has them."""
+
+    slot: U32
+
+
+class Shrink(_Message, tag="shrink", frozen=True):
+    """The memory shrinker with nr_to_scan = n. Result: shadow pages in use afterwards."""
+
+    n: U32
+
+
+class SetMmuPages(_Message, tag="set_mmu_pages", frozen=True):
+    """Change the limit on shadow pages (at least 64)."""
+
+    n: Annotated[int, Meta(ge=64, le=1 << 20)]
+
+
+class ZapAll(_Message, tag="zap_all", frozen=True):
+    """Drop every shadow page."""
+
+
+class WritePhys(_Message, tag="write_phys", frozen=True):
+    """Store aligned 8-byte little-endian words, [gpa, value] each, as a device would: the MMU is not told."""
+
+    words: Annotated[list[tuple[U64, U64]], Meta(min_length=1, max_length=4096)]
+
+
+class SetRegisters(_Message, tag="set_registers", frozen=True):
+    """Set a vCPU's registers before its first entry."""
+
+    vcpu: VcpuId
+    cr0: U64
+    cr3: U64
+    cr4: U64
+    efer: U64
+
+
+HostOperation: TypeAlias = (
+    Unmap
+    | UnmapRange
+    | Reclaim
+    | Move
+    | Age
+    | TestAge
+    | SetDirtyLog
+    | GetDirtyLog
+    | Shrink
+    | SetMmuPages
+    | ZapAll
+    | WritePhys
+    | SetRegisters
+)
+
+
+class HostRequest(_Message, tag="host_request", frozen=True):
+    """A host operation; `request` numbers the agent's requests. Several may be under way at once.
+
+    `paced`: start it when the guest has come far enough for the run's `host_rate`; an unpaced request starts at once,
+    and so do all paced ones before it.
+    """
+
+    request: U64
+    operation: HostOperation
+    paced: bool = False
+
+
+class HostReply(_Message, tag="host_reply", frozen=True):
+    """The operation returned."""
+
+    request: U64
+    result: int
+    gfns: list[int] = []
+
+
+# --- either way --------------------------------------------------------------------------------------------------
+
+
+class Heartbeat(_Message, tag="heartbeat", frozen=True):
+    """The sender lives."""
+
+
+class ErrorReply(_Message, tag="error", frozen=True):
+    """A message was refused and changed nothing. `code`: of the error registry; `seq`: of the message, 0 if unknown."""
+
+    code: Name
+    text: Text
+    seq: U64 = 0
+
+
+class Ended(_Message, tag="ended", frozen=True):
+    """The incarnation, or the membership in a run, is over. `code`: of the error registry, or "finished"."""
+
+    code: Name
+    text: Text = ""
+
+
+# --- the coordinator and the processes of a run ------------------------------------------------------------------
+
+
+class Workload(enum.Enum):
+    """A guest program."""
+
+    ANON = "anon"
+    FORK = "fork"
+    MPROTECT = "mprotect"
+    MMAP_CHURN = "mmap-churn"
+    CONTEXT_SWITCH = "context-switch"
+    HUGE = "huge"
+    SLOPPY = "sloppy"
+    MIXED = "mixed"
+
+
+class Audit(enum.Enum):
+    """When the mmu_audit checks run: never, after some operations (seeded), after every operation."""
+
+    NEVER = "never"
+    SAMPLED = "sampled"
+    ALWAYS = "always"
+
+
+class Mutant(enum.Enum):
+    """A defect put in on purpose, to see the detectors fire."""
+
+    FLUSH_NOT_AWAITED = "flush-not-awaited"  # a remote flush returns without its answers
+    ANSWER_BEFORE_LOG = "answer-before-log"  # a kicked worker answers before it ships its log
+    ENTRY_FLUSH_SKIPPED = "entry-flush-skipped"  # a worker keeps its TLB at an entry that asks for a flush
+    NOTIFIER_IGNORES_TLBS_DIRTY = "notifier-ignores-tlbs-dirty"  # BUGS.md B2
+
+
+class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a run is: everything but the arrival order of messages.
+
+    `ops`: guest instructions of all vCPUs together. `memory_pages`: guest memory in 4 KiB frames. `mmu_pages`: limit
+    on shadow pages. `park_rate`: share of the named points at which an operation is parked; `park_steps`: for at most
+    this many scheduler steps. `host_rate`: host agent operations per 1,000 guest instructions. `tlb_sets`, `tlb_ways`:
+    of a vCPU's TLB for 4 KiB entries (large entries: a quarter of the sets).
+    """
+
+    workload: Workload = Workload.MIXED
+    seed: U64 = 0
+    ops: Annotated[int, Meta(ge=1, le=1 << 48)] = 100_000
+    profile: Name = "fixed"
+    vpid: bool = True
+    audit: Audit = Audit.SAMPLED
+    mutant: Mutant | None = None
+    memory_pages: Annotated[int, Meta(ge=1024, le=1 << 20)] = 4096
+    mmu_pages: Annotated[int, Meta(ge=64, le=1 << 20)] = 128
+    park_rate: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.05
+    park_steps: Annotated[int, Meta(ge=1, le=1 << 20)] = 200
+    host_rate: Annotated[float, Meta(ge=0.0, le=1000.0)] = 5.0
+    tlb_sets: Annotated[int, Meta(ge=1, le=4096)] = 128
+    tlb_ways: Annotated[int, Meta(ge=1, le=64)] = 4
+    check: bool = True
+
+
+class Join(_Message, tag="join", frozen=True):
+    """First message to the coordinator. `endpoint`: where the MMU service is to be reached (MMU only)."""
+
+    role: Role
+    name: Name
+    endpoint: Text = ""
+
+
+class Joined(_Message, tag="joined", frozen=True):
+    """Welcome: the run's configuration and where the MMU service is (sent to workers once that is known)."""
+
+    member: U32
+    config: RunConfig
+    mmu_endpoint: Text
+    heartbeat: float  # seconds between heartbeats
+
+
+class Ready(_Message, tag="ready", frozen=True):
+    """The member can start. `vcpu`: the number that the MMU service gave it."""
+
+    vcpu: VcpuId | None = None
+
+
+class Start(_Message, tag="start", frozen=True):
+    """The run begins: `vcpus` of them take part."""
+
+    vcpus: Annotated[int, Meta(ge=1, le=256)]
+
+
+class Progress(_Message, tag="progress", frozen=True):
+    """Counters so far. `done`: the member's share of the instructions is executed."""
+
+    counters: dict[str, int]
+    done: bool = False
+
+
+class EventBatch(_Message, tag="event_batch", frozen=True):
+    """A piece of the event stream: `count` encoded events in `data`, the first of which has number `first`."""
+
+    first: U64
+    count: U32
+    data: bytes
+
+
+class EventCredit(_Message, tag="event_credit", frozen=True):
+    """The coordinator has taken in `batches` more event batches."""
+
+    batches: U32
+
+
+class VcpuLost(_Message, tag="vcpu_lost", frozen=True):
+    """The MMU service gave a vCPU up."""
+
+    vcpu: VcpuId
+    text: Text
+
+
+class Drain(_Message, tag="drain", frozen=True):
+    """No more instructions (requests, for a host agent; inputs, for the MMU service).
+
+    The member finishes what is under way, then reports.
+    """
+
+
+class Report(_Message, tag="report", frozen=True):
+    """A member's final word.
+
+    `histograms`: HdrHistogram V2 encodings (base64), microseconds; `info`: free-form names to text.
+    """
+
+    counters: dict[str, int]
+    histograms: dict[str, str] = {}
+    info: dict[str, str] = {}
+
+
+class Verdict(enum.Enum):
+    """How a run ended."""
+
+    PASS = "pass"  # noqa: S105
+    VIOLATED = "violated"
+    UNKNOWN = "unknown"
+
+
+class Finished(_Message, tag="finished", frozen=True):
+    """The run is over: members end."""
+
+    verdict: Verdict
+    text: Text = ""
+
+
+VcpuMessage: TypeAlias = Attach | Enter | Log | Walk | Load | Locked | Exit | Detach | Heartbeat | HostRequest
+"""What a vCPU or a host agent sends to the MMU service."""
+
+MmuMessage: TypeAlias = (
+    Attached
+    | Entered
+    | Walked
+    | WalkFault
+    | Loaded
+    | Applied
+    | Kick
+    | HostReply
+    | Heartbeat
+    | ErrorReply
+    | Ended
+)
+"""What the MMU service sends to them."""
+
+MemberMessage: TypeAlias = Join | Ready | Progress | EventBatch | VcpuLost | Report | Heartbeat
+"""What a process of a run sends to the coordinator."""
+
+CoordinatorMessage: TypeAlias = (
+    Joined | Start | EventCredit | Drain | Finished | Heartbeat | ErrorReply | Ended
+)
+"""What the coordinator sends to them."""
+
+Message: TypeAlias = VcpuMessage | MmuMessage | MemberMessage | CoordinatorMessage
+
+
+class Envelope(msgspec.Struct, array_like=True, frozen=True):
+    """The second frame of every message: [incarnation, sequence number, body].
+
+    Incarnation 0 and sequence number 0 stand for "none yet" (Attach, Join, and errors about unreadable messages).
+    Both directions count from 1 in each incarnation.
+    """
+
+    incarnation: U64
+    seq: U64
+    body: Message
