@@ -1,0 +1,211 @@
+"""Paging modes: one context object per mode, with the same few operations.
+
+The shared algorithms call `vcpu.mmu.context` and read the format tables in `vcpu.mmu`; none of them asks for the mode.
+To add a mode: a context class here, a format in `gpte` or `spte` if its entries look different, and its place in
+`context_for`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from shadowmmu.cpu.x86 import (
+    EFER_NX,
+    PT32E_ROOT_LEVEL,
+    PT64_ROOT_LEVEL,
+    PT_ACCESSED_MASK,
+    PT_PRESENT_MASK,
+    X86_CR4_SMEP,
+)
+from shadowmmu.kvm.constants import INVALID_PAGE
+from shadowmmu.kvm.direct import nonpaging_page_fault
+from shadowmmu.kvm.effects import Operation
+from shadowmmu.kvm.errors import ConfigError
+from shadowmmu.kvm.gpte import FORMAT_32, FORMAT_64, FORMAT_PAE, GuestFormat, rsvd_bits_mask
+from shadowmmu.kvm.invlpg import paging_invlpg
+from shadowmmu.kvm.page import ShadowPage
+from shadowmmu.kvm.paging import paging_page_fault, paging_sync_page, paging_update_pte
+from shadowmmu.kvm.points import Point
+from shadowmmu.kvm.role import ROLE_CR0_WP, ROLE_CR4_PAE, ROLE_NXE, ROLE_SMEP_ANDNOT_WP
+from shadowmmu.kvm.roots import mmu_alloc_direct_roots, mmu_alloc_shadow_roots, mmu_free_roots
+from shadowmmu.kvm.walker import GuestWalker, walk_addr
+
+if TYPE_CHECKING:
+    from shadowmmu.kvm.vcpu import Vcpu
+
+T = TypeVar("T")
+
+__all__ = ["MmuContext", "build_context", "initial_context", "kvm_mmu_reset_context"]
+
+
+def _done(result: T) -> Operation[T]:
+    """An operation that waits for nothing."""
+    yield from ()
+    return result
+
+
+class MmuContext:
+    """One paging mode (the function pointers and constants of struct kvm_mmu).
+
+    This base is a guest with paging; modes without override what differs. Contexts have no state: that is in
+    `vcpu.mmu`.
+    """
+
+    name: str
+    root_level: int
+    shadow_root_level: int
+    direct_map: bool = False
+    fmt: GuestFormat | None = None  # None: the guest has no tables in this mode
+    supports_nx: bool = True
+
+    def page_fault(self, vcpu: Vcpu, gva: int, error_code: int, prefault: bool) -> Operation[int]:
+        """Handle a page fault; 1: emulate the instruction, 0: go on."""
+        return paging_page_fault(vcpu, gva, error_code, prefault)
+
+    def gva_to_gpa(self, vcpu: Vcpu, gva: int, access: int) -> Operation[GuestWalker]:
+        """Translate an address for an access of that kind (PFERR_* bits), setting A and D."""
+        return walk_addr(vcpu, gva, access)
+
+    def sync_page(self, vcpu: Vcpu, sp: ShadowPage) -> Operation[bool]:
+        """Bring a shadow page in line with its guest table; True: zap it."""
+        return paging_sync_page(vcpu, sp)
+
+    def invlpg(self, vcpu: Vcpu, gva: int) -> Operation[None]:
+        """Forget what an unsync table says about an address."""
+        return paging_invlpg(vcpu, gva)
+
+    def update_pte(self, vcpu: Vcpu, sp: ShadowPage, index: int, gpte: int) -> Operation[None]:
+        """Map the new value of a guest entry that was just written."""
+        return paging_update_pte(vcpu, sp, index, gpte)
+
+    def new_cr3(self, vcpu: Vcpu) -> Operation[None]:
+        """CR3 has changed: the next entry loads another root."""
+        return mmu_free_roots(vcpu)
+
+    def alloc_roots(self, vcpu: Vcpu) -> Operation[bool]:
+        """Get the roots; False if the guest's root is outside of memory."""
+        return mmu_alloc_shadow_roots(vcpu)
+
+
+class NonPagingContext(MmuContext):
+    """The guest's paging is off: addresses are guest physical, the shadow is a direct map of PAE form."""
+
+    name = "nonpaging"
+    root_level = 0
+    shadow_root_level = PT32E_ROOT_LEVEL
+    direct_map = True
+    supports_nx = False
+
+    def page_fault(self, vcpu: Vcpu, gva: int, error_code: int, prefault: bool) -> Operation[int]:
+        """Map the frame of the address (nonpaging_page_fault)."""
+        return nonpaging_page_fault(vcpu, gva, error_code, prefault)
+
+    def gva_to_gpa(self, vcpu: Vcpu, gva: int, access: int) -> Operation[GuestWalker]:  # noqa: ARG002
+        """The address itself."""
+        walker = GuestWalker(gva)
+        walker.gfn = gva >> 12
+        walker.level = 1
+        return _done(walker)
+
+    def sync_page(self, vcpu: Vcpu, sp: ShadowPage) -> Operation[bool]:  # noqa: ARG002
+        """A guest table cannot be read in this mode: zap the page."""
+        return _done(True)
+
+    def invlpg(self, vcpu: Vcpu, gva: int) -> Operation[None]:  # noqa: ARG002
+        """Nothing to forget."""
+        return _done(None)
+
+    def update_pte(self, vcpu: Vcpu, sp: ShadowPage, index: int, gpte: int) -> Operation[None]:  # noqa: ARG002
+        """Not in this mode (the kernel warns): the entry stays empty."""
+        return _done(None)
+
+    def new_cr3(self, vcpu: Vcpu) -> Operation[None]:  # noqa: ARG002
+        """CR3 has no effect now."""
+        return _done(None)
+
+    def alloc_roots(self, vcpu: Vcpu) -> Operation[bool]:
+        """The four roots of a direct map."""
+        return mmu_alloc_direct_roots(vcpu)
+
+
+class Paging64Context(MmuContext):
+    """Four levels, entries of 8 bytes (long mode)."""
+
+    name = "paging64"
+    root_level = PT64_ROOT_LEVEL
+    shadow_root_level = PT64_ROOT_LEVEL
+    fmt = FORMAT_64
+
+
+class Paging32EContext(MmuContext):
+    """PAE: four PDPTEs, then two levels with entries of 8 bytes."""
+
+    name = "pae"
+    root_level = PT32E_ROOT_LEVEL
+    shadow_root_level = PT32E_ROOT_LEVEL
+    fmt = FORMAT_PAE
+
+
+class Paging32Context(MmuContext):
+    """Two levels with entries of 4 bytes; a guest table takes two or four shadow pages."""
+
+    name = "paging32"
+    root_level = FORMAT_32.root_level
+    shadow_root_level = PT32E_ROOT_LEVEL
+    fmt = FORMAT_32
+    supports_nx = False
+
+
+NONPAGING: Final = NonPagingContext()
+PAGING64: Final = Paging64Context()
+PAGING32E: Final = Paging32EContext()
+PAGING32: Final = Paging32Context()
+
+
+def initial_context() -> MmuContext:
+    """The context of a vCPU that has just been made: paging off."""
+    return NONPAGING
+
+
+def context_for(vcpu: Vcpu) -> MmuContext:
+    """The paging mode that the vCPU's registers select."""
+    if not vcpu.is_paging:
+        return NONPAGING
+    if vcpu.is_long_mode:
+        return PAGING64
+    return PAGING32E if vcpu.is_pae else PAGING32
+
+
+def build_context(vcpu: Vcpu) -> None:
+    """Build the context of the mode that the registers select (init_kvm_softmmu). There must be no root."""
+    mmu = vcpu.mmu
+    if mmu.root_hpa != INVALID_PAGE:
+        raise ConfigError("the paging context cannot change while a root is loaded")
+    context = context_for(vcpu)
+    mmu.context = context
+    mmu.root_level = context.root_level
+    mmu.shadow_root_level = context.shadow_root_level
+    mmu.direct_map = context.direct_map
+    mmu.nx = context.supports_nx and vcpu.efer & EFER_NX != 0
+    if context.fmt is not None:
+        mmu.fmt = fmt = context.fmt
+        pse = vcpu.is_pse
+        maxphyaddr = vcpu.kvm.config.guest_maxphyaddr
+        mmu.rsvd_bits_mask = rsvd_bits_mask(fmt, mmu.rsvd_bits_mask, maxphyaddr, mmu.nx, pse)
+        mmu.large_levels = fmt.large_levels if pse or not fmt.large_needs_pse else 0
+        mmu.valid_gpte_test = PT_PRESENT_MASK | PT_ACCESSED_MASK | mmu.rsvd_bits_mask[0][0]
+    role = mmu.base_role & ROLE_NXE
+    if vcpu.is_pae:
+        role |= ROLE_CR4_PAE
+    if vcpu.is_write_protection:
+        role |= ROLE_CR0_WP
+    elif vcpu.cr4 & X86_CR4_SMEP:
+        role |= ROLE_SMEP_ANDNOT_WP
+    mmu.base_role = role
+
+
+def kvm_mmu_reset_context(vcpu: Vcpu) -> Operation[None]:
+    """Give the roots up and build the context anew, after a register that selects the mode has changed."""
+    yield Point.RESET_CONTEXT
+    yield from mmu_free_roots(vcpu)
+    build_context(vcpu)

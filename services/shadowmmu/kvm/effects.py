@@ -1,0 +1,50 @@
+"""What the model of KVM's MMU asks of whoever drives it.
+
+The model does no I/O and knows no time. A host operation (a page fault, an INVLPG, a notifier call) is a generator
+that runs until something else may happen and there yields an *effect*; the driver does what the effect says, lets
+others run as it likes, and resumes the generator. Drivers are the service's scheduler, the replayer, the search for
+races, and the recordings' runner, which lets nothing else happen at all.
+
+| effect | the driver | is resumed with |
+| --- | --- | --- |
+| `MmuLock.ACQUIRE` | resumes the operation when it owns mmu_lock | ignored |
+| `MmuLock.RELEASE` | frees mmu_lock | ignored |
+| a `Point` | may run other things, by the point's kind | ignored |
+| `Kick` | interrupts each vCPU named and waits until each has left that guest entry | bool: was anybody kicked |
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Generator
+from typing import TypeAlias, TypeVar
+
+import msgspec
+
+from shadowmmu.kvm.points import Point
+
+__all__ = ["Effect", "Kick", "MmuLock", "Operation"]
+
+
+class MmuLock(enum.Enum):
+    """kvm->mmu_lock. Waiting for it is a scheduling point; releasing it is none by itself."""
+
+    ACQUIRE = "acquire"
+    RELEASE = "release"
+
+
+class Kick(msgspec.Struct, frozen=True):
+    """Interrupt these vCPUs and wait for their answers (make_all_cpus_request, smp_call_function_many with wait).
+
+    The model has set the request bits and moved the vCPUs from IN_GUEST_MODE to EXITING_GUEST_MODE already; `vcpus`
+    are those that were not OUTSIDE_GUEST_MODE, in order of number; it may be empty (nothing to wait for).
+    """
+
+    vcpus: tuple[int, ...]
+
+
+Effect: TypeAlias = MmuLock | Point | Kick
+
+T = TypeVar("T")
+Operation: TypeAlias = Generator[Effect, bool | None, T]
+"""A host operation that returns T in the end."""

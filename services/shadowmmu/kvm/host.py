@@ -1,0 +1,188 @@
+"""The rest of the host, as far as the guest's memory goes: taking pages away, moving them, breaking copy on write.
+
+Operations (generators), each of which changes the host's own tables first and then tells KVM through the MMU
+notifiers. That order, and a page that a vCPU's look-up brings back while a notifier is still at work, follow the
+recordings; in the kernel the page-table lock makes such a look-up wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from shadowmmu.kvm.effects import Operation
+from shadowmmu.kvm.errors import ConfigError
+from shadowmmu.kvm.host_memory import BAD_PFN
+from shadowmmu.kvm.memslots import KvmMemorySlot
+from shadowmmu.kvm.notifiers import (
+    kvm_mmu_notifier_change_pte,
+    kvm_mmu_notifier_invalidate_page,
+    kvm_mmu_notifier_invalidate_range_end,
+    kvm_mmu_notifier_invalidate_range_start,
+)
+from shadowmmu.kvm.points import Point
+from shadowmmu.kvm.set_spte import NO_SLOT_PFN
+from shadowmmu.protocol.events import FrameRevoked
+
+if TYPE_CHECKING:
+    from shadowmmu.kvm.vm import Kvm
+
+__all__ = ["break_cow", "gfn_to_pfn_prot", "move", "reclaim", "split", "unmap", "unmap_range"]
+
+
+def _revoked(kvm: Kvm, gone: Iterable[tuple[int, int]]) -> None:
+    """Trace the (gfn, pfn) pairs that do not hold any more."""
+    if kvm.trace is None:
+        return
+    host = kvm.host
+    for gfn, pfn in gone:
+        if not (host.is_present(gfn) and host.pfn(gfn) == pfn):
+            kvm.trace(FrameRevoked(gfn, pfn))
+
+
+def _frames(kvm: Kvm, slot: KvmMemorySlot, key: int) -> list[tuple[int, int]]:
+    """(gfn, pfn) of each frame of a host page that is present."""
+    if kvm.trace is None or key in kvm.host.absent:
+        return []
+    return [(gfn, kvm.host.pfn(gfn)) for gfn in kvm.host.frames(slot, key)]
+
+
+def _changed(kvm: Kvm, key: int) -> None:
+    """KVM knows of one change of this host page now."""
+    in_change = kvm.host.in_change
+    in_change[key] -= 1
+    if not in_change[key]:
+        del in_change[key]
+
+
+def _host_pages(kvm: Kvm, gfns: range) -> list[int]:
+    """The first frame of each host page that has one of the frames."""
+    keys = []
+    gfn = gfns.start
+    while gfn < gfns.stop:
+        mask = kvm.host.slot(gfn).host_mask
+        keys.append(gfn & mask)
+        gfn = (gfn & mask) - mask
+    return keys
+
+
+def break_cow(kvm: Kvm, slot: KvmMemorySlot, gfn: int) -> Operation[None]:
+    """What a sleeping look-up for write does next: a frame that is not writable is replaced by a new, writable one.
+
+    The notifier change_pte tells KVM; contents stay.
+    """
+    host = kvm.host
+    key = gfn & slot.host_mask
+    if key not in host.readonly:
+        return
+    gone = _frames(kvm, slot, key)
+    host.in_change[key] += 1
+    host.readonly.discard(key)
+    host.assign(slot, key, host.take_pfn(slot))
+    pfn = host.pfn(key)
+    host.backed(slot, key)
+    yield Point.HOST_COW
+    yield from kvm_mmu_notifier_change_pte(kvm, gfn, pfn + gfn - key, True)
+    _changed(kvm, key)
+    _revoked(kvm, gone)
+
+
+def gfn_to_pfn_prot(kvm: Kvm, gfn: int, write: bool) -> Operation[tuple[int, bool]]:
+    """The fault handler's frame look-up: (host frame, may it be mapped writable); NO_SLOT_PFN outside all slots.
+
+    Sleeps: brings the page back, and for a write fault breaks copy on write.
+    """
+    slot = kvm.gfn_to_memslot(gfn)
+    if slot is None:
+        return NO_SLOT_PFN, True
+    host = kvm.host
+    pfn = host.atomic_pfn(slot, gfn)
+    if pfn != BAD_PFN:
+        return pfn, True
+    host.fault_in(slot, gfn)
+    if write:
+        yield from break_cow(kvm, slot, gfn)
+    return host.pfn(gfn), host.is_writable(gfn)
+
+
+def unmap(kvm: Kvm, gfn: int) -> Operation[None]:
+    """Take one page away (invalidate_page). It comes back, in the same frame, when somebody looks for it.
+
+    Raises NoSuchFrameError; so do the others here.
+    """
+    slot = kvm.host.slot(gfn)
+    yield from split(kvm, gfn)
+    yield from _unmap_page(kvm, slot, gfn)
+
+
+def reclaim(kvm: Kvm, gfn: int) -> Operation[None]:
+    """Swap one page out (invalidate_page). It comes back in a frame never used before, with its contents."""
+    slot = kvm.host.slot(gfn)
+    yield from split(kvm, gfn)
+    kvm.host.swapped.add(gfn & slot.host_mask)
+    yield from _unmap_page(kvm, slot, gfn)
+
+
+def _unmap_page(kvm: Kvm, slot: KvmMemorySlot, gfn: int) -> Operation[None]:
+    key = gfn & slot.host_mask
+    gone = _frames(kvm, slot, key)
+    kvm.host.in_change[key] += 1
+    kvm.host.absent.add(key)
+    yield Point.HOST_UNMAPPED
+    yield from kvm_mmu_notifier_invalidate_page(kvm, gfn)
+    _changed(kvm, key)
+    _revoked(kvm, gone)
+
+
+def unmap_range(kvm: Kvm, gfn: int, npages: int) -> Operation[None]:
+    """Take `npages` pages away from `gfn` on (invalidate_range_start and _end); they come back in the same frames."""
+    host = kvm.host
+    if npages <= 0:
+        raise ConfigError("a range to unmap must have pages")
+    gfns = range(gfn, gfn + npages)
+    keys = _host_pages(kvm, gfns)
+    for block in range(gfn & ~511, gfn + npages, 512):
+        yield from split(kvm, max(block, gfn))
+    gone = [pair for key in keys for pair in _frames(kvm, host.slot(key), key)]
+    host.in_change.update(keys)
+    host.absent.update(keys)
+    yield Point.HOST_UNMAPPED
+    yield from kvm_mmu_notifier_invalidate_range_start(kvm, gfns)
+    for key in keys:
+        _changed(kvm, key)
+    _revoked(kvm, gone)
+    yield Point.NOTIFIER_RANGE_STARTED
+    yield from kvm_mmu_notifier_invalidate_range_end(kvm)
+
+
+def split(kvm: Kvm, gfn: int) -> Operation[bool]:
+    """Split the transparent huge page that holds the frame, for ever; returns whether there was one."""
+    host = kvm.host
+    slot = host.slot(gfn)
+    if not host.is_trans_huge(slot, gfn):
+        return False
+    first = gfn & ~511
+    host.split_blocks.add(first)
+    yield from kvm_mmu_notifier_invalidate_range_start(kvm, range(first, first + 512))
+    yield Point.NOTIFIER_RANGE_STARTED
+    yield from kvm_mmu_notifier_invalidate_range_end(kvm)
+    return True
+
+
+def move(kvm: Kvm, gfn: int, pfn: int, writable: bool) -> Operation[None]:
+    """Back the page by host frame `pfn`, present and writable or not (change_pte)."""
+    host = kvm.host
+    slot = host.slot(gfn)
+    yield from split(kvm, gfn)
+    key = gfn & slot.host_mask
+    gone = _frames(kvm, slot, key)
+    host.in_change[key] += 1
+    host.absent.discard(key)
+    host.swapped.discard(key)
+    (host.readonly.discard if writable else host.readonly.add)(key)
+    host.assign(slot, key, pfn)
+    host.backed(slot, key)
+    yield Point.HOST_COW
+    yield from kvm_mmu_notifier_change_pte(kvm, gfn, pfn, writable)
+    _changed(kvm, key)
+    _revoked(kvm, gone)

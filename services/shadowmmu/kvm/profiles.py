@@ -1,0 +1,151 @@
+"""Which kernel is simulated, and the catalogue of fixes that can be switched on and off.
+
+A profile is a base (`linux-3.1`: as released, with the bugs it really had; `fixed`: with every catalogued fix) and
+switches: `linux-3.1+tlbs-dirty-missed-wp`, `fixed-sync-drop-noflush`. A fix is *latent* if Linux 3.1 lacks it, and a
+*mutant* if Linux 3.1 has it, so that taking it out puts an older bug back. The model reads a fix as a plain boolean
+(`profile.link_before_sync`) at each place where the behaviour differs.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Final
+
+import msgspec
+
+from shadowmmu.kvm.errors import UnknownFixError, UnknownProfileError
+
+__all__ = ["BASE_PROFILES", "FIXES", "Fix", "FixStatus", "Profile"]
+
+
+class FixStatus(enum.Enum):
+    """Whether Linux 3.1 has the fix."""
+
+    LATENT = "latent"  # 3.1 has the bug: off in linux-3.1, on in fixed
+    MUTANT = "mutant"  # 3.1 has the fix: on in both; without it an older bug is back
+
+
+class Fix(msgspec.Struct, frozen=True):
+    """One switch. `bug` is its entry in BUGS.md; `commit` the upstream commit, or its title if the hash is unsure."""
+
+    slug: str
+    bug: str
+    commit: str
+    title: str
+    years: str
+    status: FixStatus
+    description: str
+
+    @property
+    def attribute(self) -> str:
+        """The name of the profile's boolean for it."""
+        return self.slug.replace("-", "_")
+
+
+FIXES: Final[dict[str, Fix]] = {
+    fix.slug: fix
+    for fix in (
+        Fix(
+            slug="tlbs-dirty-missed-wp",
+            bug="A1",
+            commit="f81602958c115fc7c87b985f71574042a20ff858",
+            title="KVM: X86: Fix missed remote tlb flush in rmap_write_protect()",
+            years="2010-2021",
+            status=FixStatus.LATENT,
+            description="write protection of a table also flushes when tlbs_dirty is not 0 (the deferral is kept)",
+        ),
+        Fix(
+            slug="link-before-sync",
+            bug="A2",
+            commit="65855ed8b03437e79e42f2a89a993206981ac6cb",
+            title="KVM: X86: Synchronize the shadow pagetable before link it",
+            years="2008-2021",
+            status=FixStatus.LATENT,
+            description="an upper-level shadow page that is found is synchronised before it is linked",
+        ),
+        Fix(
+            slug="notifier-flush-outside-lock",
+            bug="A10",
+            commit="KVM: mmu_notifier: Flush TLBs before releasing mmu_lock",
+            title="KVM: mmu_notifier: Flush TLBs before releasing mmu_lock",
+            years="2008-2012",
+            status=FixStatus.LATENT,
+            description="the notifiers flush before they release mmu_lock",
+        ),
+        Fix(
+            slug="sync-drop-noflush",
+            bug="B2",
+            commit="a4ee1ca4a36e7857d90ae8c2b85f1bde9a042c10",
+            title="KVM: MMU: delay flush all tlbs on sync_page path",
+            years="2008-2010",
+            status=FixStatus.MUTANT,
+            description="the notifiers also flush when tlbs_dirty is not 0; without it they ignore tlbs_dirty",
+        ),
+    )
+}
+"""Every fix by slug."""
+
+BASE_PROFILES: Final[dict[str, frozenset[str]]] = {
+    "linux-3.1": frozenset(s for s, fix in FIXES.items() if fix.status is FixStatus.MUTANT),
+    "fixed": frozenset(FIXES),
+}
+"""The fixes that each base has on."""
+
+
+class Profile:
+    """A kernel to simulate: a name and one boolean per fix.
+
+    `Profile.parse("fixed-link-before-sync")`; equal if the same fixes are on.
+    """
+
+    __slots__ = (
+        "fixes",
+        "link_before_sync",
+        "name",
+        "notifier_flush_outside_lock",
+        "sync_drop_noflush",
+        "tlbs_dirty_missed_wp",
+    )
+
+    def __init__(self, name: str, fixes: frozenset[str]) -> None:
+        self.name = name
+        self.fixes = fixes
+        self.tlbs_dirty_missed_wp = "tlbs-dirty-missed-wp" in fixes
+        self.link_before_sync = "link-before-sync" in fixes
+        self.notifier_flush_outside_lock = "notifier-flush-outside-lock" in fixes
+        self.sync_drop_noflush = "sync-drop-noflush" in fixes
+
+    @classmethod
+    def parse(cls, text: str) -> Profile:
+        """A base profile's name, then any number of `+slug` and `-slug`.
+
+        Raises UnknownProfileError or UnknownFixError, which say what was not known and what is.
+        """
+        base = max((b for b in BASE_PROFILES if _is_prefix(b, text)), key=len, default=None)
+        if base is None:
+            raise UnknownProfileError(text, sorted(BASE_PROFILES))
+        fixes = set(BASE_PROFILES[base])
+        rest = text[len(base) :]
+        while rest:
+            sign, rest = rest[0], rest[1:]
+            # Slugs contain the sign '-': the longest known slug that fits is meant.
+            slug = max((s for s in FIXES if _is_prefix(s, rest)), key=len, default=None)
+            if slug is None:
+                raise UnknownFixError(rest.split("+")[0], sorted(FIXES))
+            (fixes.add if sign == "+" else fixes.discard)(slug)
+            rest = rest[len(slug) :]
+        return cls(text, frozenset(fixes))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Profile) and self.fixes == other.fixes
+
+    def __hash__(self) -> int:
+        return hash(self.fixes)
+
+    def __repr__(self) -> str:
+        return f"Profile({self.name!r})"
+
+
+def _is_prefix(name: str, text: str) -> bool:
+    """Whether `text` is `name`, or `name` followed by a switch."""
+    return text.startswith(name) and text[len(name) : len(name) + 1] in ("", "+", "-")

@@ -1,0 +1,132 @@
+"""Reverse maps: which shadow entries map a guest frame; and dropping and write-protecting entries through them.
+
+All under mmu_lock. A reverse map belongs to a slot and a level: level 1 per frame, levels 2 and 3 per block.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from shadowmmu.cpu.x86 import PT_PAGE_SIZE_MASK, PT_WRITABLE_MASK
+from shadowmmu.kvm.effects import Operation
+from shadowmmu.kvm.page import ShadowPage
+from shadowmmu.kvm.points import Point
+from shadowmmu.kvm.pte_list import PteList, pte_list_add, pte_list_entries, pte_list_first, pte_list_remove
+
+if TYPE_CHECKING:
+    from shadowmmu.kvm.memslots import KvmMemorySlot
+    from shadowmmu.kvm.vm import Kvm
+
+__all__ = [
+    "drop_parent_pte",
+    "drop_spte",
+    "gfn_to_rmap",
+    "has_wrprotected_page",
+    "kvm_unmap_rmapp",
+    "rmap_add",
+    "rmap_write_protect",
+]
+
+
+def gfn_to_rmap(kvm: Kvm, gfn: int, level: int) -> PteList:
+    """The reverse map of the page of `level` that holds `gfn`; empty without a slot."""
+    slot = kvm.gfn_to_memslot(gfn)
+    return 0 if slot is None else slot.rmap[level].get(gfn >> (9 * (level - 1)), 0)
+
+
+def rmap_add(slot: KvmMemorySlot, gfn: int, level: int, sptep: int) -> int:
+    """Note that the entry at `sptep` maps `gfn`; returns the kernel's count of entries before it."""
+    rmap = slot.rmap[level]
+    block = gfn >> (9 * (level - 1))
+    old = rmap.get(block)
+    if old is None:
+        rmap[block] = sptep
+        return 0
+    rmap[block], count = pte_list_add(old, sptep)
+    return count
+
+
+def rmap_remove(kvm: Kvm, sp: ShadowPage, index: int) -> None:
+    """Take the entry out of the reverse map of the frame that the page records for it."""
+    gfn = sp.gfn + (index << (9 * (sp.level - 1))) if sp.direct else sp.gfns[index]
+    slot = kvm.gfn_to_memslot(gfn)
+    if slot is None:
+        raise LookupError(f"entry {index} of {sp!r} maps frame {gfn}, which is in no slot")
+    rmap = slot.rmap[sp.level]
+    block = gfn >> (9 * (sp.level - 1))
+    rest = pte_list_remove(rmap[block], sp.hpa + (index << 3))
+    if rest:
+        rmap[block] = rest
+    else:
+        del rmap[block]
+
+
+def drop_spte(kvm: Kvm, sp: ShadowPage, index: int) -> bool:
+    """Clear a leaf entry (also an MMIO one) and forget it in the reverse map; returns whether it mapped something."""
+    old = sp.spt.pop(index, 0)
+    if old & kvm.spte_format.present_test == 1:
+        rmap_remove(kvm, sp, index)
+        return True
+    return False
+
+
+def drop_parent_pte(child: ShadowPage, parent: ShadowPage, index: int) -> None:
+    """Unlink `child` from entry `index` of `parent`. The parent's unsync bitmap is left as it is."""
+    child.parent_ptes = pte_list_remove(child.parent_ptes, parent.hpa + (index << 3))
+    parent.spt.pop(index, None)
+
+
+def rmap_write_protect(kvm: Kvm, gfn: int) -> Operation[bool]:
+    """Let no shadow entry map the guest frame writable; returns whether any did.
+
+    Small entries lose W; writable large ones are dropped. Does not flush: the caller does, if anything changed.
+    """
+    slot = kvm.gfn_to_memslot(gfn)
+    if slot is None:
+        return False
+    protected = False
+    rmap = slot.rmap[1].get(gfn, 0)
+    if rmap:
+        page_header = kvm.page_header
+        for sptep in pte_list_entries(rmap):
+            spt = page_header[sptep & ~0xFFF].spt
+            index = (sptep & 0xFFF) >> 3
+            spte = spt[index]
+            if spte & PT_WRITABLE_MASK:
+                if kvm.point_spte_update:
+                    yield Point.SPTE_UPDATE
+                spt[index] = spte & ~PT_WRITABLE_MASK
+                protected = True
+    for level in (2, 3):
+        if slot.rmap[level]:
+            block = gfn >> (9 * (level - 1))
+            for sptep in list(pte_list_entries(slot.rmap[level].get(block, 0))):
+                sp = kvm.page_header[sptep & ~0xFFF]
+                index = (sptep & 0xFFF) >> 3
+                if sp.spt[index] & PT_WRITABLE_MASK:
+                    drop_spte(kvm, sp, index)
+                    kvm.stat.lpages -= 1
+                    protected = True
+    return protected
+
+
+def kvm_unmap_rmapp(kvm: Kvm, slot: KvmMemorySlot, level: int, block: int) -> bool:
+    """Drop every entry of one reverse map; returns whether there was one."""
+    rmap = slot.rmap[level]
+    if block not in rmap:
+        return False
+    while block in rmap:
+        sptep = pte_list_first(rmap[block])
+        drop_spte(kvm, kvm.page_header[sptep & ~0xFFF], (sptep & 0xFFF) >> 3)
+    return True
+
+
+def has_wrprotected_page(kvm: Kvm, gfn: int, level: int) -> bool:
+    """Whether the block of `level` (2 or 3) around `gfn` may not be one large page: it has shadowed tables in it."""
+    slot = kvm.gfn_to_memslot(gfn)
+    return slot is None or slot.write_count[level].get(gfn >> (9 * (level - 1)), 0) > 0
+
+
+def is_table_entry(spte: int, level: int) -> bool:
+    """Whether a present entry leads to a table rather than mapping memory."""
+    return level > 1 and not spte & PT_PAGE_SIZE_MASK

@@ -1,0 +1,177 @@
+"""A virtual machine as the MMU sees it (struct kvm, kvm_arch): its memory, its shadow pages, its vCPUs.
+
+Plain state and look-ups only; what changes it are the operations of the other modules.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+
+import msgspec
+
+from shadowmmu.cpu.x86 import PT64_BASE_ADDR_MASK
+from shadowmmu.kvm.constants import KVM_MIN_ALLOC_MMU_PAGES
+from shadowmmu.kvm.contexts import build_context, initial_context
+from shadowmmu.kvm.errors import ConfigError
+from shadowmmu.kvm.guest_memory import GuestMemory
+from shadowmmu.kvm.host_memory import HostMemory
+from shadowmmu.kvm.memslots import KvmMemorySlot, MemorySlot, check_memslots
+from shadowmmu.kvm.page import SHADOW_PAGE_BASE, ShadowPage
+from shadowmmu.kvm.points import MEMORY_POINTS, Point
+from shadowmmu.kvm.profiles import Profile
+from shadowmmu.kvm.spte import SpteFormat, shadow_format
+from shadowmmu.kvm.stats import KvmStat
+from shadowmmu.kvm.vcpu import Vcpu
+from shadowmmu.protocol.events import Event
+
+__all__ = ["Kvm", "KvmConfig"]
+
+
+class KvmConfig(msgspec.Struct, frozen=True):
+    """What a virtual machine is made of.
+
+    `n_max_mmu_pages` limits the shadow pages in use. `host_phys_bits` (40 to 51) is where the bits begin that mark
+    MMIO shadow entries; `guest_maxphyaddr` (32 to 51) where the guest's reserved address bits begin.
+    """
+
+    memslots: tuple[MemorySlot, ...]
+    n_max_mmu_pages: int = 1024
+    host_phys_bits: int = 40
+    guest_maxphyaddr: int = 36
+    profile: Profile = Profile.parse("linux-3.1")
+
+    def check(self) -> None:
+        """Raises ConfigError if a machine cannot be made from this."""
+        check_memslots(self.memslots)
+        if self.n_max_mmu_pages < KVM_MIN_ALLOC_MMU_PAGES:
+            raise ConfigError(
+                f"n_max_mmu_pages is {self.n_max_mmu_pages}, at least {KVM_MIN_ALLOC_MMU_PAGES}"
+            )
+        if not 40 <= self.host_phys_bits <= 51:
+            raise ConfigError(f"host_phys_bits is {self.host_phys_bits}, must be 40 to 51")
+        if not 32 <= self.guest_maxphyaddr <= 51:
+            raise ConfigError(f"guest_maxphyaddr is {self.guest_maxphyaddr}, must be 32 to 51")
+
+
+class Kvm:
+    """One virtual machine.
+
+    `trace`, if given, is called with each event of the model as it happens. `memory_points` are the memory points
+    that operations yield; none at first.
+
+    `page_header` finds a shadow page by the address of its table; `mmu_page_hash` the pages of a guest frame, oldest
+    first; `active_mmu_pages` holds all pages in use by address, oldest first (recycling takes the first).
+    """
+
+    __slots__ = (
+        "_last_slot",
+        "_memory_points",
+        "_next_serial",
+        "active_mmu_pages",
+        "config",
+        "host",
+        "indirect_shadow_pages",
+        "invlpg_counter",
+        "memory",
+        "memslots",
+        "mmu_notifier_count",
+        "mmu_notifier_seq",
+        "mmu_page_hash",
+        "n_max_mmu_pages",
+        "n_requested_mmu_pages",
+        "n_used_mmu_pages",
+        "page_header",
+        "point_gpte_read",
+        "point_read_guest_memory",
+        "point_spte_update",
+        "profile",
+        "spte_format",
+        "stat",
+        "tlbs_dirty",
+        "trace",
+        "vcpus",
+    )
+
+    def __init__(self, config: KvmConfig, trace: Callable[[Event], None] | None = None) -> None:
+        config.check()
+        self.config = config
+        self.profile = config.profile
+        self.trace = trace
+        self.spte_format: SpteFormat = shadow_format(config.host_phys_bits)
+        self.memslots = tuple(
+            KvmMemorySlot(slot) for slot in sorted(config.memslots, key=lambda s: s.base_gfn)
+        )
+        self._last_slot = self.memslots[0]
+        self.memory = GuestMemory(self.memslots)
+        self.host = HostMemory(self)
+        self.stat = KvmStat()
+        self.vcpus: list[Vcpu] = []
+        self.page_header: dict[int, ShadowPage] = {}
+        self.mmu_page_hash: dict[int, list[ShadowPage]] = {}
+        self.active_mmu_pages: OrderedDict[int, ShadowPage] = OrderedDict()
+        self.n_used_mmu_pages = 0
+        self.n_max_mmu_pages = config.n_max_mmu_pages
+        self.n_requested_mmu_pages = config.n_max_mmu_pages
+        self.indirect_shadow_pages = 0
+        self.invlpg_counter = 0
+        self.tlbs_dirty = 0
+        self.mmu_notifier_seq = 0
+        self.mmu_notifier_count = 0
+        self._next_serial = 0
+        self.memory_points = frozenset()
+
+    @property
+    def memory_points(self) -> frozenset[Point]:
+        """The memory points that operations yield."""
+        return self._memory_points
+
+    @memory_points.setter
+    def memory_points(self, points: Iterable[Point]) -> None:
+        chosen = frozenset(points)
+        if not chosen <= MEMORY_POINTS:
+            raise ConfigError(f"not memory points: {sorted(p.name for p in chosen - MEMORY_POINTS)}")
+        self._memory_points = chosen
+        self.point_read_guest_memory = Point.READ_GUEST_MEMORY in chosen
+        self.point_gpte_read = Point.GPTE_READ in chosen
+        self.point_spte_update = Point.SPTE_UPDATE in chosen
+
+    def create_vcpu(self) -> Vcpu:
+        """Add a vCPU, in the state after reset: paging off, no root. Numbers count from 0."""
+        vcpu = Vcpu(self, len(self.vcpus), initial_context())
+        self.vcpus.append(vcpu)
+        build_context(vcpu)
+        return vcpu
+
+    def gfn_to_memslot(self, gfn: int) -> KvmMemorySlot | None:
+        """The slot that holds a guest frame, None if none does."""
+        slot = self._last_slot
+        if slot.base_gfn <= gfn < slot.end_gfn:
+            return slot
+        for slot in self.memslots:
+            if slot.base_gfn <= gfn < slot.end_gfn:
+                self._last_slot = slot
+                return slot
+        return None
+
+    def memslot(self, slot_id: int) -> KvmMemorySlot | None:
+        """The slot with that number."""
+        return next((slot for slot in self.memslots if slot.id == slot_id), None)
+
+    def mark_page_dirty(self, gfn: int) -> None:
+        """Note in the dirty log, if the slot has one, that a guest frame was written (mark_page_dirty)."""
+        slot = self.gfn_to_memslot(gfn)
+        if slot is not None and slot.dirty_bitmap is not None:
+            slot.dirty_bitmap.add(gfn)
+
+    def child(self, spte: int) -> ShadowPage:
+        """The shadow page that a table entry leads to."""
+        return self.page_header[spte & PT64_BASE_ADDR_MASK]
+
+    def new_shadow_page(self, gfn: int, role: int) -> ShadowPage:
+        """Allocate a shadow page; its address is never used again."""
+        sp = ShadowPage(self._next_serial, gfn, role)
+        if sp.hpa >= SHADOW_PAGE_BASE << 1:
+            raise OverflowError("the addresses of shadow pages are used up: this run made 2**27 of them")
+        self._next_serial += 1
+        return sp
