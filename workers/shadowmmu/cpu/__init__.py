@@ -1,0 +1,32 @@
+"""The processor model: TLB, walker, the vCPU's side of the conversation, and the guest programs; pure.
+
+In the order in which one meets them: `boot_image` is what guest memory and the registers hold when a run begins,
+`make_program` what a vCPU executes, `VcpuCore` the vCPU that executes it, with its `Tlb`; `hardware_walk` is the walk
+that the processor does in the tables, wherever these are. Randomness comes from the run's seed alone.
+"""
+
+from shadowmmu.cpu.guest import BootImage, boot_image, contested_frames, huge_base, make_program
+from shadowmmu.cpu.program import Program
+from shadowmmu.cpu.tlb import Tag, Tlb, TlbEntry, needed_rights
+from shadowmmu.cpu.vcpu_core import VcpuCore, instruction_share
+from shadowmmu.cpu.walker import Tables, Translation, WalkFault, WalkResult, hardware_walk
+
+__all__ = [
+    "boot_image",
+    "BootImage",
+    "make_program",
+    "contested_frames",
+    "huge_base",
+    "Program",
+    "VcpuCore",
+    "instruction_share",
+    "Tlb",
+    "TlbEntry",
+    "Tag",
+    "needed_rights",
+    "hardware_walk",
+    "Tables",
+    "Translation",
+    "WalkFault",
+    "WalkResult",
+]
