@@ -1,0 +1,57 @@
+"""The virtual machine as a pure state machine: scheduler, lanes, journal, replay, runs in one process.
+
+    runner = Runner(config, journal.write, on_events)     # a machine with its journal
+    runner.submit(VcpuSent(0, Exit(...)))                 # an input is journalled, then consumed
+    runner.step(256)                                      # host operations, walks and stores advance, by seeded choice
+    runner.take_outputs()                                 # messages for vCPUs and answers for the host agent
+
+    run_in_process(config, 4, journal.write, on_events)   # a whole run, without sockets, repeatable to the digest
+    replay(directory, None, on_events)                    # a run again, from its journal
+
+Relies on `shadowmmu.kvm` (host operations), `shadowmmu.cpu` (the hardware walk, vCPU cores) and `shadowmmu.protocol`.
+"""
+
+from shadowmmu.machine.host_program import HostProgram
+from shadowmmu.machine.inprocess import InProcessResult, boot_inputs, run_in_process
+from shadowmmu.machine.journal import (
+    Attached,
+    GivenUp,
+    HostAsked,
+    Input,
+    JournalError,
+    Record,
+    VcpuSent,
+    read_journal,
+)
+from shadowmmu.machine.machine import HostDone, Machine, Output, ToVcpu
+from shadowmmu.machine.operations import host_operation_refusal
+from shadowmmu.machine.replay import JOURNAL_NAME, ReplayResult, replay, replay_records
+from shadowmmu.machine.runner import Runner
+
+__all__ = [
+    # A machine that somebody drives.
+    "Runner",
+    "Machine",
+    "Input",
+    "Attached",
+    "GivenUp",
+    "VcpuSent",
+    "HostAsked",
+    "Output",
+    "ToVcpu",
+    "HostDone",
+    "host_operation_refusal",
+    # Whole runs.
+    "run_in_process",
+    "InProcessResult",
+    "boot_inputs",
+    "HostProgram",
+    # Journals.
+    "replay",
+    "replay_records",
+    "ReplayResult",
+    "read_journal",
+    "JOURNAL_NAME",
+    "JournalError",
+    "Record",
+]

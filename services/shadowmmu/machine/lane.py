@@ -1,0 +1,177 @@
+"""What a vCPU asked for while in guest mode, applied in order, a bit at a time.
+
+A lane is the queue of one vCPU's messages and the state of its guest entry. Its steps are the hardware's: some logged
+accesses, a level of a walk, a load or a locked operation, the end of the entry. Between two steps anything else may
+happen; the order within the lane never changes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator
+from typing import TYPE_CHECKING
+
+from shadowmmu.cpu import Translation, WalkFault, hardware_walk
+from shadowmmu.kvm import VcpuMode
+from shadowmmu.protocol import messages
+from shadowmmu.protocol.events import AccessFlag, Walked
+from shadowmmu.protocol.messages import LockedOp, LoggedAccess
+
+if TYPE_CHECKING:
+    from shadowmmu.kvm import Vcpu
+    from shadowmmu.machine.machine import Machine
+
+__all__ = ["VcpuLane"]
+
+LaneItem = messages.Log | messages.Walk | messages.Load | messages.Locked | messages.Exit
+
+_WRITE = int(AccessFlag.WRITE)
+_U64 = (1 << 64) - 1
+MAX_BURST = 16
+"""Most logged accesses applied in one step."""
+
+
+class VcpuLane:
+    """One vCPU of the machine."""
+
+    def __init__(self, machine: Machine, vcpu: Vcpu) -> None:
+        self._machine = machine
+        self.vcpu = vcpu
+        self.number = vcpu.vcpu_id
+        self.incarnation = 0  # 0: nobody is attached
+        self.entry = 0
+        self.halted = False
+        self.leaving = False  # detached while an exit was being handled
+        self.queue: deque[LaneItem] = deque()
+        self.interrupts: set[int] = set()
+        self._position = 0  # in the log at the head of the queue
+        self._walk: Generator[None, None, Translation | WalkFault] | None = None
+
+    @property
+    def runnable(self) -> bool:
+        """Something of this lane can be applied now."""
+        return bool(self.queue) and self.vcpu.mode is not VcpuMode.OUTSIDE_GUEST_MODE
+
+    def begin(self, incarnation: int) -> None:
+        """A worker attached, with an empty TLB."""
+        self.incarnation = incarnation
+        self.entry = 0
+        self.halted = self.leaving = False
+        self.interrupts.clear()
+        self._clear()
+
+    def end(self) -> None:
+        """The incarnation is over: nothing more of it is applied."""
+        self.incarnation = 0
+        self.halted = False
+        self._clear()
+
+    def _clear(self) -> None:
+        self.queue.clear()
+        self._position = 0
+        self._walk = None
+
+    def push(self, item: LaneItem) -> None:
+        """A message of the vCPU in guest mode. An exit abandons a walk that is under way."""
+        if isinstance(item, messages.Exit) and self.queue and isinstance(self.queue[-1], messages.Walk):
+            self.queue.pop()
+            self._walk = None
+        self.queue.append(item)
+
+    def step(self) -> None:
+        """Applies the next bit of the lane; call only if `runnable`."""
+        item = self.queue[0]
+        match item:
+            case messages.Log():
+                self._apply_log(item)
+            case messages.Walk():
+                self._advance_walk(item)
+            case messages.Load():
+                self.queue.popleft()
+                self._reply(messages.Loaded(self.entry, self._apply_one(item.access)))
+            case messages.Locked():
+                self.queue.popleft()
+                self._reply(messages.Loaded(self.entry, self._apply_locked(item)))
+            case messages.Exit():
+                self.queue.popleft()
+                self._machine.exit_takes_effect(self, item.reason)
+
+    def _reply(self, body: messages.MmuMessage) -> None:
+        self._machine.send(self, body)
+
+    def _apply_log(self, log: messages.Log) -> None:
+        accesses = log.accesses
+        start = self._position
+        left = len(accesses) - start
+        count = left if left == 1 else min(left, 1 + self._machine.choices.below(MAX_BURST))
+        items = []
+        stores = 0
+        gfn_of = self._machine.host.gfn_of
+        store, load = self._machine.memory.write, self._machine.memory.read
+        for flags, gva, pfn, size, value in accesses[start : start + count]:
+            gfn = gfn_of(pfn)
+            assert gfn is not None  # `Machine.refusal` has seen to it
+            gpa = gfn << 12 | gva & 0xFFF
+            if flags & _WRITE:
+                stores += 1
+                store(gpa, size, value)
+                items.append((flags, gva, gfn, pfn, size, value))
+            else:
+                items.append((flags, gva, gfn, pfn, size, load(gpa, size)))
+        self._machine.applied(self, items, stores)
+        if count == left:
+            self._position = 0
+            self.queue.popleft()
+            self._reply(messages.Applied(1))
+        else:
+            self._position = start + count
+
+    def _apply_one(self, access: LoggedAccess) -> int:
+        flags, gva, pfn, size, _ = access
+        gfn = self._machine.host.gfn_of(pfn)
+        assert gfn is not None
+        value = self._machine.memory.read(gfn << 12 | gva & 0xFFF, size)
+        self._machine.applied(self, [(flags, gva, gfn, pfn, size, value)], 0)
+        return value
+
+    def _apply_locked(self, locked: messages.Locked) -> int:
+        flags, gva, pfn, size, operand = locked.access
+        gfn = self._machine.host.gfn_of(pfn)
+        assert gfn is not None
+        gpa = gfn << 12 | gva & 0xFFF
+        old = self._machine.memory.read(gpa, size)
+        match locked.op:
+            case LockedOp.CMPXCHG:
+                new = operand if old == locked.expected else old
+            case LockedOp.XCHG:
+                new = operand
+            case _:
+                new = (old + operand) & ((1 << 8 * size) - 1)
+        self._machine.memory.write(gpa, size, new)
+        flags |= AccessFlag.WRITE | AccessFlag.LOCKED
+        self._machine.applied(self, [(int(flags), gva, gfn, pfn, size, new)], 1)
+        return old
+
+    def _advance_walk(self, walk: messages.Walk) -> None:
+        if self._walk is None:
+            self._walk = hardware_walk(
+                self._machine.tables, self._machine.tables.root(self.vcpu), walk.gva, walk.flags
+            )
+        try:
+            next(self._walk)
+            return
+        except StopIteration as stop:
+            result: Translation | WalkFault = stop.value
+        self._walk = None
+        self.queue.popleft()
+        emit = self._machine.events.emit
+        match result:
+            case Translation():
+                flags = int(result.flags)
+                emit(
+                    Walked(self.number, self.entry, walk.gva, 0, result.pfn, result.level, flags | walk.flags)
+                )
+                self._reply(messages.Walked(self.entry, walk.walk, result.pfn, result.level, flags))
+            case WalkFault():
+                emit(Walked(self.number, self.entry, walk.gva, result.error_code, -1, 0, walk.flags))
+                self._reply(messages.WalkFault(self.entry, walk.walk, result.error_code))

@@ -1,0 +1,567 @@
+"""The virtual machine as a pure state machine: inputs and choices in, messages and events out.
+
+The machine owns the model of KVM (`shadowmmu.kvm`) and a lane per vCPU, and runs host operations against them. It
+knows nothing of sockets and time. Its user submits inputs, calls `step` until nothing is ready, and takes the
+outputs. A step advances exactly one thing, chosen by the source of choices: a host operation, to the next place where
+it stops, or a lane, by one bit.
+
+What a host operation may be stopped by: mmu_lock held by another, a kick that waits for answers, or being parked at a
+scheduling point for a number of steps, so that other operations, stores and kicks fall in between. A parked operation
+goes on at once when nothing else is ready. At memory points only lanes run.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter, deque
+from typing import TypeAlias
+
+import msgspec
+
+from shadowmmu import kvm as k
+from shadowmmu.kvm import Kick, MmuLock, Operation, Point, PointKind, VcpuMode
+from shadowmmu.machine.choices import Choices
+from shadowmmu.machine.coverage import Coverage, WaitPoint
+from shadowmmu.machine.event_stream import EventStream
+from shadowmmu.machine.journal import Attached, GivenUp, HostAsked, Input, VcpuSent
+from shadowmmu.machine.lane import VcpuLane
+from shadowmmu.machine.operations import HostResult, VcpuRun, handle_exit, host_operation
+from shadowmmu.machine.shadow_tables import ShadowTables
+from shadowmmu.machine.vm_config import kvm_config
+from shadowmmu.protocol import events as ev
+from shadowmmu.protocol import messages as m
+from shadowmmu.protocol.errors import ErrorCode
+
+__all__ = ["HostDone", "Machine", "Output", "ToVcpu"]
+
+UNCOVERED_PARK_RATE = 0.5
+"""Share of the operations parked at a point at which no other operation, or no store, has fallen yet."""
+AUDIT_SAMPLE_RATE = 0.002
+"""Share of the operations after which a sampled audit looks."""
+
+
+class ToVcpu(msgspec.Struct, frozen=True):
+    """A message to the worker of a vCPU."""
+
+    vcpu: int
+    incarnation: int
+    body: m.MmuMessage
+
+
+class HostDone(msgspec.Struct, frozen=True):
+    """A host operation returned."""
+
+    ticket: int
+    result: int
+    gfns: list[int]
+
+
+Output: TypeAlias = ToVcpu | HostDone
+
+
+class _Stop(enum.Enum):
+    READY = enum.auto()
+    LOCK = enum.auto()
+    KICK = enum.auto()
+    PARKED = enum.auto()
+
+
+class _Task:
+    """A host operation under way."""
+
+    __slots__ = (
+        "answer",
+        "kick",
+        "lane",
+        "mark",
+        "name",
+        "number",
+        "operation",
+        "point",
+        "since",
+        "stop",
+        "ticket",
+        "wake",
+    )
+
+    def __init__(
+        self,
+        number: int,
+        name: str,
+        operation: Operation[VcpuRun] | Operation[HostResult],
+        lane: VcpuLane | None,
+        ticket: int,
+    ) -> None:
+        self.number = number
+        self.name = name
+        self.operation = operation
+        self.lane = lane
+        self.ticket = ticket
+        self.stop = _Stop.READY
+        self.answer: bool | None = None
+        self.point: Point | WaitPoint | None = None
+        self.mark = (0, 0)
+        self.since = 0  # the step at which it stopped
+        self.wake = 0  # the step at which it is ready again
+        self.kick: set[tuple[int, int]] = set()
+
+    @property
+    def vcpu(self) -> int:
+        return -1 if self.lane is None else self.lane.number
+
+
+class Machine:
+    """One virtual machine.
+
+    `config` as the run's; `choices` and `events` belong to the user, who also flushes the events.
+    """
+
+    def __init__(self, config: m.RunConfig, choices: Choices, events: EventStream) -> None:
+        self.config = config
+        self.choices = choices
+        self.events = events
+        self.kvm = k.Kvm(kvm_config(config), trace=self._trace)
+        self.host = self.kvm.host
+        self.memory = self.kvm.memory
+        self.tables = ShadowTables(self.kvm)
+        self.lanes: list[VcpuLane] = []
+        self.outputs: list[Output] = []
+        self.coverage = Coverage()
+        self.counters: Counter[str] = Counter()
+        self.lock_wait_steps: Counter[int] = Counter()
+        self.steps = 0
+        self._tasks = 0
+        self._ready: list[_Task] = []
+        self._parked: list[_Task] = []
+        self._lock_waiters: list[_Task] = []
+        self._kick_waiters: list[_Task] = []
+        self._lock_owner: _Task | None = None
+        self._park_rate = config.park_rate
+        self._paced: deque[HostAsked] = deque()
+        self._host_interval = round(1000 / config.host_rate) if config.host_rate > 0.0 else 0
+        self._host_due = self._host_interval
+        self._progress = 0  # accesses and exits so far: the measure for paced host operations
+        if config.park_rate > 0.0:
+            self.kvm.memory_points = frozenset(p for p in Point if p.kind is PointKind.MEMORY)
+
+    def _trace(self, event: ev.Event) -> None:
+        """An event of the model."""
+        if isinstance(event, ev.TlbsDirtyRaised):
+            self.counters["tlbs_dirty.raised"] += 1
+        elif isinstance(event, ev.TlbsDirtyCleared):
+            self.counters["tlbs_dirty.cleared"] += event.value
+        self.events.emit(event)
+
+    # --- inputs --------------------------------------------------------------------------------------------------
+
+    def submit(self, item: Input, record: int) -> None:
+        """Consumes an input that the session tables and `refusal` allow; `record` is its number in the journal."""
+        self.events.emit(ev.InputConsumed(record))
+        match item:
+            case VcpuSent():
+                self._vcpu_sent(self.lanes[item.vcpu], item.body)
+            case HostAsked():
+                self._paced.append(item)
+                if not item.paced:
+                    self._start_host_operations(len(self._paced))
+            case Attached():
+                while len(self.lanes) <= item.vcpu:
+                    self.lanes.append(VcpuLane(self, self.kvm.create_vcpu()))
+                self.lanes[item.vcpu].begin(item.incarnation)
+                self.events.emit(ev.IncarnationStarted(item.vcpu, item.incarnation))
+                self.events.emit(ev.Invalidated(item.vcpu, -1, ev.InvalidationCause.RESET))
+            case GivenUp():
+                self._end_incarnation(self.lanes[item.vcpu], ErrorCode(item.code), item.text)
+
+    def _start_host_operations(self, count: int) -> None:
+        """Starts the oldest `count` of the host operations asked for."""
+        for _ in range(count):
+            item = self._paced.popleft()
+            name = m.tag_of(item.operation)
+            self._start(f"host.{name}", host_operation(self.kvm, item.operation), None, item.ticket)
+        self._host_due = self._progress + self._host_interval
+
+    def refusal(self, body: object) -> str | None:
+        """Why a vCPU's message names something that is not there, or None. Changes nothing."""
+        match body:
+            case m.Log():
+                accesses = body.accesses
+            case m.Load() | m.Locked():
+                accesses = [body.access]
+            case _:
+                return None
+        gfn_of = self.host.gfn_of
+        for _, gva, pfn, size, _ in accesses:
+            if gfn_of(pfn) is None:
+                return f"host frame {pfn} never backed guest memory"
+            if (gva & 0xFFF) + size > 0x1000:
+                return f"access of {size} bytes at {gva:#x} crosses a page"
+        return None
+
+    def _vcpu_sent(self, lane: VcpuLane, body: m.Message) -> None:
+        if not lane.incarnation:
+            return  # sent before the worker knew that it was given up
+        match body:
+            case m.Enter():
+                self._start("vcpu.enter", handle_exit(lane.vcpu, None), lane)
+            case m.Detach():
+                if self._busy(lane):
+                    lane.leaving = True
+                else:
+                    self._end_incarnation(lane, ErrorCode.DETACHED)
+            case m.Log() | m.Walk() | m.Load() | m.Locked() | m.Exit():
+                lane.push(body)
+            case _:
+                raise TypeError(f"not a vCPU's message for the machine: {body!r}")
+
+    def _busy(self, lane: VcpuLane) -> bool:
+        return bool(lane.queue) or any(task.lane is lane for task in self._all_tasks())
+
+    def _all_tasks(self) -> list[_Task]:
+        return [*self._ready, *self._parked, *self._lock_waiters, *self._kick_waiters]
+
+    def _end_incarnation(self, lane: VcpuLane, code: ErrorCode, text: str = "") -> None:
+        incarnation = lane.incarnation
+        if not incarnation:
+            return
+        self.send(lane, m.Ended(code.value, text))
+        lane.end()
+        lane.vcpu.mode = VcpuMode.OUTSIDE_GUEST_MODE
+        self.events.emit(ev.IncarnationEnded(lane.number, incarnation, code.value))
+        self._left_guest(lane)
+
+    # --- steps ---------------------------------------------------------------------------------------------------
+
+    @property
+    def idle(self) -> bool:
+        """No host operation is under way and no lane has anything to apply."""
+        return not self._all_tasks() and not any(lane.runnable for lane in self.lanes)
+
+    @property
+    def parked(self) -> bool:
+        """Some operation is parked."""
+        return bool(self._parked)
+
+    def step(self, *, resume_parked: bool = True) -> bool:
+        """Advances one thing; False if nothing is ready (all wait for messages).
+
+        Without `resume_parked`, parked operations do not count as ready before their time: for a user who can wait
+        for messages on the way.
+        """
+        self.steps += 1
+        if self._parked:
+            self._wake(self.steps)
+        if self._paced and self._progress >= self._host_due:
+            self._start_host_operations(1)
+        ready: list[_Task | VcpuLane] = [lane for lane in self.lanes if lane.runnable]
+        ready += self._ready
+        if self._lock_owner is None:
+            ready += self._lock_waiters
+        if not ready:
+            if not (self._parked and resume_parked):
+                self.steps -= 1
+                return False
+            ready += self._parked
+        chosen = ready[0] if len(ready) == 1 else ready[self.choices.below(len(ready))]
+        if isinstance(chosen, VcpuLane):
+            chosen.step()
+        else:
+            self._advance(chosen)
+        return True
+
+    def _wake(self, now: int) -> None:
+        if any(task.wake <= now for task in self._parked):
+            self._ready += [task for task in self._parked if task.wake <= now]
+            self._parked = [task for task in self._parked if task.wake > now]
+
+    def _start(
+        self,
+        name: str,
+        operation: Operation[VcpuRun] | Operation[HostResult],
+        lane: VcpuLane | None,
+        ticket: int = 0,
+    ) -> None:
+        self._tasks += 1
+        task = _Task(self._tasks, name, operation, lane, ticket)
+        self.events.emit(ev.OperationStarted(task.number, task.vcpu, name))
+        self._ready.append(task)
+
+    def _stop(self, task: _Task, point: Point | WaitPoint, stop: _Stop, waiting: list[_Task]) -> None:
+        task.stop = stop
+        task.point = point
+        task.mark = self.coverage.mark(task.vcpu)
+        task.since = self.steps
+        waiting.append(task)
+
+    def _resume(self, task: _Task) -> None:
+        match task.stop:
+            case _Stop.READY | _Stop.PARKED | _Stop.KICK:
+                (self._parked if task in self._parked else self._ready).remove(task)
+            case _Stop.LOCK:
+                self._lock_waiters.remove(task)
+                self._take_lock(task)
+                self.lock_wait_steps[self.steps - task.since] += 1
+        if task.point is not None:
+            self.coverage.resumed(task.point, task.vcpu, task.mark)
+            task.point = None
+
+    def _take_lock(self, task: _Task) -> None:
+        self._lock_owner = task
+        self.counters["lock.taken"] += 1
+        self.events.emit(ev.LockTaken(task.number))
+
+    def _advance(self, task: _Task) -> None:
+        """Runs an operation to the next place where it stops, or to its end."""
+        self._resume(task)
+        self.coverage.operation_advanced(task.vcpu)
+        answer, task.answer = task.answer, None
+        send = task.operation.send
+        while True:
+            try:
+                effect = send(answer)
+            except StopIteration as stop:
+                self._finish(task, stop.value)
+                return
+            answer = None
+            if effect is MmuLock.RELEASE:
+                self._lock_owner = None
+                self.events.emit(ev.LockReleased(task.number))
+            elif effect is MmuLock.ACQUIRE:
+                if not self._acquire(task):
+                    return
+            elif isinstance(effect, Kick):
+                kicked = self._kick(task, effect)
+                if kicked is None:
+                    return
+                answer = kicked
+            elif self._reached(task, effect):
+                return
+
+    def _acquire(self, task: _Task) -> bool:
+        self.coverage.reached[WaitPoint.MMU_LOCK] += 1
+        if self._lock_owner is None and not self.choices.chance(self._rate(WaitPoint.MMU_LOCK)):
+            self._take_lock(task)
+            return True
+        if self._lock_owner is not None:
+            self.counters["lock.waited"] += 1
+        self.coverage.parked[WaitPoint.MMU_LOCK] += 1
+        self._stop(task, WaitPoint.MMU_LOCK, _Stop.LOCK, self._lock_waiters)
+        return False
+
+    def _reached(self, task: _Task, point: Point) -> bool:
+        """True if the operation is parked at the point."""
+        self.coverage.reached[point] += 1
+        if not self.choices.chance(self._rate(point)):
+            return False
+        self.coverage.parked[point] += 1
+        if point.kind is PointKind.MEMORY:
+            mark = self.coverage.mark(task.vcpu)
+            self._run_lanes()
+            self.coverage.resumed(point, task.vcpu, mark)
+            return False
+        task.wake = self.steps + 1 + self.choices.below(self.config.park_steps + 1)
+        self._stop(task, point, _Stop.PARKED, self._parked)
+        return True
+
+    def _rate(self, point: Point | WaitPoint) -> float:
+        """How often operations are parked at the point: more often while nothing has fallen there yet."""
+        rate = self._park_rate
+        return rate if rate == 0.0 or self.coverage.covered(point) else max(rate, UNCOVERED_PARK_RATE)
+
+    def _run_lanes(self) -> None:
+        """Some steps of the hardware of vCPUs in guest mode, and of nobody else."""
+        for _ in range(1 + self.choices.below(8)):
+            ready = [lane for lane in self.lanes if lane.runnable]
+            if not ready:
+                return
+            lane = ready[0] if len(ready) == 1 else ready[self.choices.below(len(ready))]
+            lane.step()
+
+    # --- kicks ---------------------------------------------------------------------------------------------------
+
+    def _kick(self, task: _Task, kick: Kick) -> bool | None:
+        """Sends the kicks. The answer if there is nothing to wait for, else None: the task waits."""
+        if not kick.vcpus:
+            return False
+        self.coverage.reached[WaitPoint.KICK] += 1
+        task.kick = {(number, self.lanes[number].entry) for number in kick.vcpus}
+        for number in kick.vcpus:
+            self._send_kick(self.lanes[number])
+        self.events.emit(ev.FlushRequested(task.number, sorted(task.kick)))
+        if self.config.mutant is m.Mutant.FLUSH_NOT_AWAITED:
+            task.kick = set()
+            return True
+        self.coverage.parked[WaitPoint.KICK] += 1
+        self._stop(task, WaitPoint.KICK, _Stop.KICK, self._kick_waiters)
+        return None
+
+    def _send_kick(self, lane: VcpuLane) -> None:
+        self.counters["kicks.sent"] += 1
+        self.send(lane, m.Kick(lane.entry))
+
+    def _left_guest(self, lane: VcpuLane) -> None:
+        """The vCPU's guest entry is over: that answers every kick of it."""
+        for task in [task for task in self._kick_waiters if (lane.number, lane.entry) in task.kick]:
+            task.kick.discard((lane.number, lane.entry))
+            self.counters["kicks.answered"] += 1
+            if not task.kick:
+                self._kick_waiters.remove(task)
+                self.events.emit(ev.FlushAnswered(task.number))
+                task.answer = True
+                self._ready.append(task)
+
+    # --- what lanes report ---------------------------------------------------------------------------------------
+
+    def send(self, lane: VcpuLane, body: m.MmuMessage) -> None:
+        """A message to the vCPU's worker, if one is attached."""
+        if lane.incarnation:
+            self.outputs.append(ToVcpu(lane.number, lane.incarnation, body))
+
+    def applied(self, lane: VcpuLane, items: list[tuple[int, int, int, int, int, int]], stores: int) -> None:
+        """Accesses of the lane were applied, `stores` of them stores."""
+        self.events.emit(ev.Accesses(lane.number, lane.entry, items))
+        self._progress += len(items)
+        if stores:
+            self.coverage.stored(lane.number, stores)
+
+    def exit_takes_effect(self, lane: VcpuLane, reason: m.ExitReason) -> None:
+        """The guest entry ends; KVM handles the exit."""
+        name = m.tag_of(reason)
+        gva, error_code = -1, 0
+        match reason:
+            case m.PageFaultExit():
+                gva, error_code = reason.gva, reason.error_code
+            case m.InvlpgExit():
+                gva = reason.gva
+            case _:
+                pass
+        lane.vcpu.mode = VcpuMode.OUTSIDE_GUEST_MODE
+        emit = self.events.emit
+        emit(ev.Exited(lane.number, lane.entry, name, gva, error_code))
+        if isinstance(reason, m.PageFaultExit):
+            emit(ev.Invalidated(lane.number, gva, ev.InvalidationCause.PAGE_FAULT))
+        if not self.config.vpid:
+            emit(ev.Invalidated(lane.number, -1, ev.InvalidationCause.NO_VPID))
+        self.counters[f"exits.{name}"] += 1
+        self._progress += 1
+        self._left_guest(lane)
+        if isinstance(reason, m.SendIpiExit):
+            for number in reason.targets:
+                if number < len(self.lanes) and number != lane.number:
+                    self._interrupt(self.lanes[number], reason.vector)
+        if isinstance(reason, m.HaltExit) and not lane.interrupts:
+            if lane.leaving:
+                self._end_incarnation(lane, ErrorCode.DETACHED)
+            else:
+                lane.halted = True
+            return
+        self._start(f"vcpu.{name}", handle_exit(lane.vcpu, reason), lane)
+
+    def _interrupt(self, target: VcpuLane, vector: int) -> None:
+        """kvm_vcpu_kick: the interrupt is pending, and the target leaves guest mode to take it; nobody waits."""
+        if not target.incarnation:
+            return
+        target.interrupts.add(vector)
+        if target.halted:
+            target.halted = False
+            self._start("vcpu.halt", handle_exit(target.vcpu, m.HaltExit()), target)
+        elif target.vcpu.mode is VcpuMode.IN_GUEST_MODE:
+            target.vcpu.mode = VcpuMode.EXITING_GUEST_MODE
+            self._send_kick(target)
+
+    # --- ends of operations --------------------------------------------------------------------------------------
+
+    def _finish(self, task: _Task, value: VcpuRun | HostResult) -> None:
+        self.events.emit(ev.OperationEnded(task.number))
+        match value:
+            case VcpuRun():
+                assert task.lane is not None
+                self.coverage.outcomes[f"{task.name}.{value.outcome}"] += 1
+                self._enter(task.lane, value)
+            case HostResult():
+                self.coverage.outcomes[f"{task.name}.done"] += 1
+                self.outputs.append(HostDone(task.ticket, value.result, value.gfns))
+        if self.config.audit is m.Audit.ALWAYS or (
+            self.config.audit is m.Audit.SAMPLED and self.choices.chance(AUDIT_SAMPLE_RATE)
+        ):
+            self.audit()
+
+    def _enter(self, lane: VcpuLane, run: VcpuRun) -> None:
+        assert run.entry is not None
+        if not lane.incarnation:
+            lane.vcpu.mode = VcpuMode.OUTSIDE_GUEST_MODE
+            return
+        if run.entry.status is k.EntryStatus.SHUTDOWN:
+            self._end_incarnation(
+                lane, ErrorCode.SHUTDOWN, "triple fault: the guest's root table is in no memory slot"
+            )
+            return
+        if lane.leaving:
+            self._end_incarnation(lane, ErrorCode.DETACHED)
+            return
+        lane.entry += 1
+        flush = run.entry.hw_flushes > 0 or run.entry.root_loaded
+        emit = self.events.emit
+        if run.inject is not None:
+            emit(ev.Invalidated(lane.number, run.inject.cr2, ev.InvalidationCause.PAGE_FAULT))
+        if flush:
+            emit(ev.Invalidated(lane.number, -1, ev.InvalidationCause.ENTRY_FLUSH))
+        emit(ev.Entered(lane.number, lane.entry, flush, run.entry.root))
+        interrupts = sorted(lane.interrupts)
+        lane.interrupts.clear()
+        self.send(
+            lane,
+            m.Entered(
+                lane.entry,
+                flush=flush,
+                inject=run.inject,
+                completed=run.completed,
+                general_protection=run.general_protection,
+                interrupts=interrupts,
+            ),
+        )
+
+    def audit(self) -> None:
+        """The mmu_audit checks, if mmu_lock is free (they hold only then)."""
+        if self._lock_owner is not None:
+            return
+        self.counters["audits"] += 1
+        for error in k.mmu_audit(self.kvm):
+            self.events.emit(ev.AuditFailed(error.check, error.text))
+
+    # --- for people ----------------------------------------------------------------------------------------------
+
+    def operations_under_way(self) -> list[dict[str, object]]:
+        """Each host operation that has not returned: number, name, vCPU, and where it stopped."""
+        return [
+            {
+                "op": task.number,
+                "name": task.name,
+                "vcpu": task.vcpu,
+                "at": "ready" if task.point is None else task.point.name,
+                "holds_mmu_lock": task is self._lock_owner,
+            }
+            for task in self._all_tasks()
+        ]
+
+    def progress_counters(self) -> dict[str, int]:
+        """The few counters of the live progress line."""
+        stat = self.kvm.stat
+        return {
+            "kvm.pf_fixed": stat.pf_fixed,
+            "kvm.remote_tlb_flush": stat.remote_tlb_flush,
+            "steps": self.steps,
+        }
+
+    def all_counters(self) -> dict[str, int]:
+        """Every counter under its name in docs/REPORT.md."""
+        stat = self.kvm.stat
+        counters = {f"kvm.{name}": value for name, value in stat.counters().items()}
+        counters["kvm.mmu_unsync.current"] = counters.pop("kvm.mmu_unsync")
+        counters["kvm.mmu_unsync.highest"] = stat.mmu_unsync_highest
+        counters |= self.counters
+        counters |= self.coverage.counters()
+        counters["accesses.applied"] = self._progress - sum(
+            count for name, count in self.counters.items() if name.startswith("exits.")
+        )
+        return counters

@@ -1,0 +1,201 @@
+"""From messages to the host operations of the model.
+
+What KVM does between a vCPU's exit and its next entry is one operation here: handle the exit, then vcpu_enter_guest.
+What the host agent asks for becomes the operation of that name.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from shadowmmu import kvm as k
+from shadowmmu.kvm import GuestEntry, Instruction, InstructionKind, Operation
+from shadowmmu.protocol import messages as m
+from shadowmmu.protocol.events import AccessFlag
+
+if TYPE_CHECKING:
+    from shadowmmu.kvm import Kvm, Vcpu
+
+__all__ = ["HostResult", "VcpuRun", "handle_exit", "host_operation", "host_operation_refusal"]
+
+
+class VcpuRun(msgspec.Struct):
+    """What came of an exit and the entry after it.
+
+    `entry` is None if the vCPU halts. `name` and `outcome` are for the statistics.
+    """
+
+    name: str
+    outcome: str = "done"
+    entry: GuestEntry | None = None
+    inject: m.InjectedFault | None = None
+    completed: m.Completed | None = None
+    general_protection: bool = False
+
+
+class HostResult(msgspec.Struct):
+    """What a host operation returned: a number, and frames for a dirty log."""
+
+    result: int = 0
+    gfns: list[int] = []
+
+
+def _instruction(exit_: m.PageFaultExit) -> Instruction:
+    asked = exit_.instruction
+    flags = asked.flags
+    if asked.op is not None:
+        kind = InstructionKind(asked.op.value)
+    elif flags & AccessFlag.WRITE:
+        kind = InstructionKind.WRITE
+    elif flags & AccessFlag.FETCH:
+        kind = InstructionKind.EXECUTE
+    else:
+        kind = InstructionKind.READ
+    return Instruction(
+        kind=kind,
+        gva=exit_.gva,
+        size=asked.size,
+        value=asked.value,
+        user=bool(flags & AccessFlag.USER),
+        expected=asked.expected,
+    )
+
+
+def _page_fault(vcpu: Vcpu, exit_: m.PageFaultExit, run: VcpuRun) -> Operation[None]:
+    outcome = yield from k.kvm_mmu_page_fault(vcpu, exit_.gva, exit_.error_code, _instruction(exit_))
+    run.outcome = outcome.outcome.value
+    match outcome.outcome:
+        case k.Outcome.INJECT:
+            assert outcome.inject is not None
+            run.inject = m.InjectedFault(*outcome.inject)
+        case k.Outcome.EMULATED:
+            run.completed = m.Completed(outcome.value)
+        case k.Outcome.MMIO:
+            run.completed = m.Completed(0, mmio=True)
+        case k.Outcome.RETRY | k.Outcome.ERROR:
+            pass
+
+
+def handle_exit(vcpu: Vcpu, reason: m.ExitReason | None) -> Operation[VcpuRun]:
+    """The operation from an exit (None: the first entry, or one after a halt) to the next entry.
+
+    A HaltExit is not for this function, and a SendIpiExit is delivered by the machine before.
+    """
+    run = VcpuRun("enter" if reason is None else m.tag_of(reason))
+    match reason:
+        case m.PageFaultExit():
+            yield from _page_fault(vcpu, reason, run)
+        case m.InvlpgExit():
+            yield from k.kvm_mmu_invlpg(vcpu, reason.gva)
+        case m.RegisterWriteExit():
+            match reason.register:
+                case m.ControlRegister.CR0:
+                    run.general_protection = yield from k.kvm_set_cr0(vcpu, reason.value)
+                case m.ControlRegister.CR3:
+                    run.general_protection = yield from k.kvm_set_cr3(vcpu, reason.value)
+                case m.ControlRegister.CR4:
+                    run.general_protection = yield from k.kvm_set_cr4(vcpu, reason.value)
+                case m.ControlRegister.EFER:
+                    run.general_protection = yield from k.set_efer(vcpu, reason.value)
+            if run.general_protection:
+                run.outcome = "general_protection"
+            else:
+                run.completed = m.Completed()
+        case _:
+            pass
+    if run.completed is None and isinstance(reason, m.InvlpgExit | m.SendIpiExit | m.HaltExit):
+        run.completed = m.Completed()
+    run.entry = yield from k.vcpu_enter_guest(vcpu)
+    return run
+
+
+def _number(operation: Operation[int | bool]) -> Operation[HostResult]:
+    result = yield from operation
+    return HostResult(int(result))
+
+
+def _nothing(operation: Operation[object]) -> Operation[HostResult]:
+    yield from operation
+    return HostResult()
+
+
+def _if_present(kvm: Kvm, gfn: int, operation: Operation[None]) -> Operation[HostResult]:
+    """Takes a page away, unless somebody has already: the host finds no entry to clear, and calls no notifier."""
+    if not kvm.host.is_present(gfn):
+        return HostResult(0)
+    yield from operation
+    return HostResult(1)
+
+
+def _dirty_log(kvm: Kvm, slot: int) -> Operation[HostResult]:
+    dirty = yield from k.kvm_vm_ioctl_get_dirty_log(kvm, slot)
+    return HostResult() if dirty is None else HostResult(len(dirty), sorted(dirty))
+
+
+def _write_phys(kvm: Kvm, words: list[tuple[int, int]]) -> Operation[HostResult]:
+    """A device writes: the frames are looked up for write, and the MMU hears nothing."""
+    for gpa, value in words:
+        slot = kvm.host.slot(gpa >> 12)
+        kvm.host.fault_in(slot, gpa >> 12)
+        yield from k.host.break_cow(kvm, slot, gpa >> 12)
+        kvm.memory.write(gpa, 8, value)
+    return HostResult()
+
+
+def host_operation(kvm: Kvm, operation: m.HostOperation) -> Operation[HostResult]:
+    """The model's operation for what the host agent asked."""
+    match operation:
+        case m.Unmap(gfn):
+            return _if_present(kvm, gfn, k.host.unmap(kvm, gfn))
+        case m.UnmapRange(gfn, npages):
+            return _nothing(k.host.unmap_range(kvm, gfn, npages))
+        case m.Reclaim(gfn):
+            return _if_present(kvm, gfn, k.host.reclaim(kvm, gfn))
+        case m.Move(gfn, writable):
+            return _nothing(k.host.move(kvm, gfn, kvm.host.take_pfn(kvm.host.slot(gfn)), writable))
+        case m.Age(gfn):
+            return _number(k.kvm_mmu_notifier_clear_flush_young(kvm, gfn))
+        case m.TestAge(gfn):
+            return _number(k.kvm_mmu_notifier_test_young(kvm, gfn))
+        case m.SetDirtyLog(slot, enable):
+            return _nothing(k.set_dirty_logging(kvm, slot, enable))
+        case m.GetDirtyLog(slot):
+            return _dirty_log(kvm, slot)
+        case m.Shrink(n):
+            return _number(k.mmu_shrink(kvm, n))
+        case m.SetMmuPages(n):
+            return _nothing(k.kvm_mmu_change_mmu_pages(kvm, n))
+        case m.ZapAll():
+            return _nothing(k.kvm_mmu_zap_all(kvm))
+        case m.WritePhys(words):
+            return _write_phys(kvm, words)
+        case m.SetRegisters(vcpu, cr0, cr3, cr4, efer):
+            return _nothing(k.set_regs(kvm.vcpus[vcpu], cr0, cr3, cr4, efer))
+
+
+def host_operation_refusal(kvm: Kvm, operation: m.HostOperation) -> str | None:
+    """Why the operation's arguments are not usable, or None if they are."""
+
+    def in_slot(gfn: int) -> bool:
+        return kvm.gfn_to_memslot(gfn) is not None
+
+    match operation:
+        case m.Unmap(gfn) | m.Reclaim(gfn) | m.Move(gfn, _) | m.Age(gfn) | m.TestAge(gfn):
+            return None if in_slot(gfn) else f"gfn {gfn} is in no memory slot"
+        case m.UnmapRange(gfn, npages):
+            slot = kvm.gfn_to_memslot(gfn)
+            inside = slot is not None and gfn + npages <= slot.end_gfn
+            return None if inside else f"gfns {gfn} to {gfn + npages - 1} are not all in one memory slot"
+        case m.SetDirtyLog(slot, _) | m.GetDirtyLog(slot):
+            return None if kvm.memslot(slot) is not None else f"there is no memory slot {slot}"
+        case m.WritePhys(words):
+            for gpa, _ in words:
+                if gpa & 7 or not in_slot(gpa >> 12):
+                    return f"gpa {gpa:#x} is not an aligned word in a memory slot"
+            return None
+        case m.SetRegisters():
+            return None if operation.vcpu < len(kvm.vcpus) else f"there is no vCPU {operation.vcpu}"
+        case m.Shrink() | m.SetMmuPages() | m.ZapAll():
+            return None

@@ -1,0 +1,136 @@
+"""A run executed again from its journal, without processes, sockets or chance.
+
+The machine gets the recorded inputs and choices in the recorded order; it must give the same events. Where it does
+not, the code has changed since, or it is not deterministic: the digests in the journal say from which thousand
+records on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+from shadowmmu.machine.choices import ChoicesExhaustedError, RecordedChoices
+from shadowmmu.machine.event_stream import EventListener, EventStream
+from shadowmmu.machine.journal import (
+    Attached,
+    Digest,
+    End,
+    GivenUp,
+    Header,
+    HostAsked,
+    JournalError,
+    Record,
+    Steps,
+    VcpuSent,
+    read_journal,
+)
+from shadowmmu.machine.machine import Machine
+from shadowmmu.machine.state_dump import dump_state
+from shadowmmu.protocol.events import RunEnded
+
+__all__ = ["JOURNAL_NAME", "ReplayResult", "replay", "replay_records"]
+
+JOURNAL_NAME = "journal"
+"""The journal's file in a run's folder."""
+
+
+class ReplayResult(msgspec.Struct, frozen=True):
+    """What a replay found.
+
+    `records`: how many were executed. `digest`: of the events they gave. `recorded_digest`: what the journal's end
+    says; None if the run did not end in order, or the replay stopped before. `diverged_at`: the record at which it
+    was seen that the replay differs. `state`: the machine's state, if asked to stop at a record.
+    """
+
+    records: int
+    digest: str
+    recorded_digest: str | None
+    diverged_at: int | None
+    divergence: str = ""
+    state: dict[str, object] | None = None
+
+
+class _Replay:
+    def __init__(self, header: Header, listeners: tuple[EventListener, ...]) -> None:
+        self.choices = RecordedChoices()
+        self.events = EventStream(*listeners)
+        self.machine = Machine(header.config, self.choices, self.events)
+        self.recorded_digest: str | None = None
+
+    def consume(self, number: int, record: Record) -> str | None:
+        """Executes a record; says what differs, or None."""
+        match record:
+            case Attached() | GivenUp() | VcpuSent() | HostAsked():
+                self.machine.submit(record, number)
+            case Steps():
+                return self._steps(record)
+            case Digest():
+                return self._compare(record.events, record.events_digest)
+            case End():
+                self.events.emit(RunEnded(number))
+                self.recorded_digest = record.events_digest
+                return self._compare(record.events, record.events_digest)
+            case Header():
+                raise JournalError(f"record {number}: a second header")
+        self.machine.outputs.clear()
+        return None
+
+    def _steps(self, record: Steps) -> str | None:
+        self.choices.load(record.choices)
+        for done in range(record.count):
+            if not self.machine.step():
+                return f"after {done} of {record.count} steps nothing was ready"
+        self.machine.outputs.clear()
+        self.events.flush()
+        return None
+
+    def _compare(self, events: int, digest: str) -> str | None:
+        self.events.flush()
+        if (self.events.count, self.events.digest()) == (events, digest):
+            return None
+        return (
+            f"{self.events.count} events with digest {self.events.digest()}, recorded: {events} with {digest}"
+        )
+
+
+def replay_records(records: Iterable[Record], until: int | None, *listeners: EventListener) -> ReplayResult:
+    """Replays records, the header first, up to record number `until` (None: all).
+
+    Raises JournalError if they are not a journal.
+    """
+    source = iter(records)
+    header = next(source, None)
+    if not isinstance(header, Header):
+        raise JournalError("record 0: a header is expected")
+    run = _Replay(header, listeners)
+    number = 0
+    diverged_at, divergence = None, ""
+    for number, record in enumerate(source, start=1):
+        if until is not None and number > until:
+            number -= 1  # noqa: PLW2901 - the record is not executed
+            break
+        try:
+            difference = run.consume(number, record)
+        except ChoicesExhaustedError as error:
+            difference = str(error)
+        if difference is not None:
+            diverged_at, divergence = number, difference
+            break
+    run.events.flush()
+    return ReplayResult(
+        records=number,
+        digest=run.events.digest(),
+        recorded_digest=run.recorded_digest,
+        diverged_at=diverged_at,
+        divergence=divergence,
+        state=None if until is None else dump_state(run.machine),
+    )
+
+
+def replay(directory: Path, until: int | None, *listeners: EventListener) -> ReplayResult:
+    """Replays the journal in a run's folder. Raises JournalError, or OSError if there is none."""
+    with (directory / JOURNAL_NAME).open("rb") as source:
+        return replay_records(read_journal(source), until, *listeners)

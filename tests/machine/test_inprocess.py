@@ -1,0 +1,93 @@
+"""Runs in one process: repeatable to the digest, replayed from their journals, clean in `fixed`, caught as mutants."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import msgspec
+import pytest
+
+from shadowmmu.checker import Checker, Violation
+from shadowmmu.machine import InProcessResult, read_journal, replay_records, run_in_process
+from shadowmmu.protocol import messages as m
+from shadowmmu.protocol.events import Event
+
+
+class Run:
+    """A run, its journal and the first violation."""
+
+    def __init__(self, config: m.RunConfig, vcpus: int, *, stop_at_violation: bool = True) -> None:
+        self.violation: Violation | None = None
+        self._checker = Checker()
+        journal: list[bytes] = []
+        self.result: InProcessResult = run_in_process(
+            config,
+            vcpus,
+            journal.append,
+            self._check,
+            progress=lambda _done: not (stop_at_violation and self.violation),
+        )
+        self.journal = b"".join(journal)
+
+    def _check(self, _first: int, events: list[Event], _data: bytes) -> None:
+        for event in events:
+            if self.violation is None:
+                self.violation = self._checker.feed(event)
+
+
+def config(**changes: Any) -> m.RunConfig:
+    return msgspec.structs.replace(m.RunConfig(ops=6000, seed=1), **changes)
+
+
+@pytest.mark.parametrize("workload", m.Workload)
+@pytest.mark.parametrize("vpid", [True, False])
+def test_a_run_of_each_workload_ends_clean_and_replays_to_its_digest(
+    workload: m.Workload, vpid: bool
+) -> None:
+    run = Run(config(workload=workload, vpid=vpid), 3)
+    assert run.violation is None
+    assert not run.result.stuck
+    assert run.result.counters["vcpu.instructions"] >= 6000
+    replayed = replay_records(read_journal(io.BytesIO(run.journal)), None)
+    assert replayed.diverged_at is None, replayed.divergence
+    assert replayed.digest == replayed.recorded_digest == run.result.digest
+
+
+def test_the_same_seed_gives_the_same_run_and_another_one_does_not() -> None:
+    first, again, other = Run(config(), 2), Run(config(), 2), Run(config(seed=2), 2)
+    assert first.journal == again.journal
+    assert first.result.digest == again.result.digest
+    assert first.result.digest != other.result.digest
+
+
+@pytest.mark.parametrize("vcpus", [1, 2, 8])
+def test_the_audit_finds_nothing_after_any_operation(vcpus: int) -> None:
+    run = Run(config(ops=5000, audit=m.Audit.ALWAYS), vcpus)
+    assert run.violation is None
+    assert run.result.counters["audits"] > 100
+
+
+@pytest.mark.parametrize("mutant", m.Mutant)
+def test_each_mutant_is_caught(mutant: m.Mutant) -> None:
+    caught = (
+        Run(config(mutant=mutant, seed=seed, ops=60_000, host_rate=20.0, park_rate=0.2), 4).violation
+        for seed in range(5)
+    )
+    assert any(caught)
+
+
+def test_a_journal_of_another_course_is_noticed() -> None:
+    run = Run(config(), 2)
+    records = list(read_journal(io.BytesIO(run.journal)))
+    header = records[0]
+    assert hasattr(header, "config")
+    changed = msgspec.structs.replace(header, config=msgspec.structs.replace(header.config, vpid=False))
+    assert replay_records([changed, *records[1:]], None).diverged_at is not None
+
+
+def test_a_replay_stops_where_it_is_told_to_and_shows_the_state() -> None:
+    run = Run(config(), 2)
+    stopped = replay_records(read_journal(io.BytesIO(run.journal)), 100)
+    assert stopped.records == 100
+    assert stopped.state is not None and stopped.state["sps"]
