@@ -1,0 +1,100 @@
+"""The agent's connection to the MMU service: sends the requests, takes in the replies."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Unpack
+
+from shadowmmu.client import ClientOptions, Connection, RequestRefused, ServiceError, SessionEnded
+from shadowmmu.hostagent.requests import HostRequests
+from shadowmmu.protocol import messages as m
+from shadowmmu.protocol.errors import ErrorCode
+from shadowmmu.protocol.states import MMU, State
+
+__all__ = ["AgentConnection"]
+
+
+class AgentConnection(Connection):
+    """A host agent at the MMU service, from `open` to `close`; `requests` are those of the run.
+
+    The events are set once and stay. A host's work is never done: `done` only says that it waits for nobody.
+    """
+
+    default_name = "host"
+
+    def __init__(self, address: str, requests: HostRequests, **options: Unpack[ClientOptions]) -> None:
+        super().__init__(MMU, address, **options)
+        self.attached = asyncio.Event()
+        self.done = asyncio.Event()
+        self.ended = asyncio.Event()
+        self._requests = requests
+        self._leaving = False
+
+    # --- for the agent's life ------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Attaches."""
+        self.send(m.Attach(m.Role.HOST, self.name))
+
+    def start(self, vcpus: int) -> None:
+        """The run begins."""
+        self._send_all(self._requests.start(vcpus))
+
+    def leave(self) -> None:
+        """Asks for nothing new, waits for the replies, and detaches; `ended` follows."""
+        if self.error is None and not self._leaving:
+            self._leaving = True
+            self._send_all(self._requests.drain())
+            self._detach_if_idle()
+
+    def abandon(self, text: str) -> None:  # noqa: ARG002 (a host agent's death concerns nobody)
+        """Detaches without waiting for replies."""
+        if self.error is None and self.session.state is State.SERVING:
+            self.send(m.Detach())
+
+    @property
+    def vcpu(self) -> int | None:
+        return None
+
+    @property
+    def failure(self) -> str | None:
+        """Why the attachment ended, if not by our own Detach."""
+        error = self.error
+        if error is None or (
+            self._leaving and isinstance(error, SessionEnded) and error.code == ErrorCode.DETACHED
+        ):
+            return None
+        return f"the MMU service is lost: {error}"
+
+    def counters(self) -> dict[str, int]:
+        return self._requests.counters()
+
+    def histograms(self) -> dict[str, str]:
+        return self._requests.histograms()
+
+    # --- messages ------------------------------------------------------------------------------------------------
+
+    def _send_all(self, requests: list[m.HostRequest]) -> None:
+        for request in requests:
+            self.send(request)
+
+    def _detach_if_idle(self) -> None:
+        if self._leaving and not self._requests.under_way and self.session.state is State.SERVING:
+            self.send(m.Detach())
+
+    def _handle(self, body: m.Message) -> None:
+        match body:
+            case m.Attached():
+                self.attached.set()
+                self._detach_if_idle()
+            case m.HostReply():
+                self._send_all(self._requests.replied(body))
+                self._detach_if_idle()
+            case m.ErrorReply():
+                # The program asks for possible things only: a refusal is a defect of ours.
+                self._fail(RequestRefused(body.code, body.text, body.seq))
+            case _:
+                pass
+
+    def _failed(self, error: ServiceError) -> None:  # noqa: ARG002 (it is kept in `error`)
+        self.ended.set()
