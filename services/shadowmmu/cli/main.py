@@ -1,0 +1,30 @@
+"""The command line: `shadowmmu`, or `python -m shadowmmu.cli`.
+
+Exit statuses: 0 pass, 1 violated (or diverged, or not conforming), 2 unknown, 64 usage error.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from shadowmmu.cli.offline import conform, health, profiles, replay
+from shadowmmu.cli.serve import serve_app, worker_app
+from shadowmmu.cli.stress import stress
+from shadowmmu.cli.usage import StrictGroup
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    cls=StrictGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="The shadow MMU of Linux 3.1's KVM as a distributed system that one can see, stress, stop and replay.",
+)
+app.command()(stress)
+app.command()(replay)
+app.command()(conform)
+app.add_typer(serve_app, name="serve")
+app.add_typer(worker_app, name="worker")
+app.command()(profiles)
+app.command()(health)

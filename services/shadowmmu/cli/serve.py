@@ -1,0 +1,213 @@
+"""`shadowmmu serve ...` and `shadowmmu worker ...`: single processes of a run."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+import typer
+
+from shadowmmu.cli.loop import run_loop
+from shadowmmu.cli.options import (
+    AuditOption,
+    Check,
+    ConnectTo,
+    HostRate,
+    InFolder,
+    LogFormat,
+    LogFormatOption,
+    MemoryPages,
+    MmuPages,
+    MutantOption,
+    Ops,
+    ParkRate,
+    Profile,
+    Seed,
+    Vpid,
+    WorkloadOption,
+    make_config,
+)
+from shadowmmu.cli.usage import bad_value
+from shadowmmu.protocol.messages import Audit, RunConfig, Workload
+
+__all__ = ["serve_app", "worker_app"]
+
+_DEFAULTS = RunConfig()
+
+serve_app = typer.Typer(no_args_is_help=True, help="Run one of the services.")
+worker_app = typer.Typer(no_args_is_help=True, help="Run one of the workers.")
+
+Bind = Annotated[
+    str,
+    typer.Option(
+        "--bind", help="Where to listen, as tcp://HOST:PORT (PORT *: any free one).", metavar="ADDR"
+    ),
+]
+Name = Annotated[str | None, typer.Option("--name", help="Who this is, for people and logs.")]
+
+
+@serve_app.command("mmu")
+def serve_mmu(
+    *,
+    bind: Bind = "tcp://127.0.0.1:5701",
+    coordinator: Annotated[
+        str | None,
+        typer.Option(
+            "--coordinator", help="The run's coordinator. Without: for protocol clients.", metavar="ADDR"
+        ),
+    ] = None,
+    advertise: Annotated[
+        str | None,
+        typer.Option("--advertise", help="Where others reach it, if not at --bind.", metavar="ADDR"),
+    ] = None,
+    out: InFolder = None,
+    vcpus: Annotated[
+        int, typer.Option("--vcpus", min=1, max=256, help="Virtual processors (without a coordinator).")
+    ] = 1,
+    workload: WorkloadOption = Workload.MIXED,
+    seed: Seed = _DEFAULTS.seed,
+    profile: Profile = _DEFAULTS.profile,
+    vpid: Vpid = _DEFAULTS.vpid,
+    audit: AuditOption = Audit.SAMPLED,
+    mutant: MutantOption = None,
+    park_rate: ParkRate = _DEFAULTS.park_rate,
+    memory_pages: MemoryPages = _DEFAULTS.memory_pages,
+    mmu_pages: MmuPages = _DEFAULTS.mmu_pages,
+    log_format: LogFormatOption = LogFormat.CONSOLE,
+) -> None:
+    """The MMU service. In a run (--coordinator) the coordinator says what is run; alone, the options do."""
+    from shadowmmu.cli.logs import set_up_logs
+    from shadowmmu.mmu import MmuOptions, serve
+
+    config = None
+    if coordinator is None:
+        config = make_config(
+            workload=workload,
+            seed=seed,
+            profile=profile,
+            vpid=vpid,
+            audit=audit,
+            mutant=mutant,
+            park_rate=park_rate,
+            memory_pages=memory_pages,
+            mmu_pages=mmu_pages,
+        )
+    _check_addresses(**{"--bind": bind, "--coordinator": coordinator, "--advertise": advertise})
+    set_up_logs(log_format)
+    options = MmuOptions(
+        bind=bind, advertise=advertise, coordinator=coordinator, config=config, vcpus=vcpus, out=out
+    )
+    raise typer.Exit(run_loop(serve(options)))
+
+
+@serve_app.command("coordinator")
+def serve_coordinator(
+    *,
+    bind: Bind = "tcp://127.0.0.1:5700",
+    vcpus: Annotated[
+        int | None,
+        typer.Option(
+            "--vcpus",
+            min=1,
+            max=256,
+            envvar="SHADOWMMU_VCPUS",
+            help="Start when so many vCPUs are ready. Without: when their number is stable.",
+        ),
+    ] = None,
+    hosts: Annotated[
+        int, typer.Option("--hosts", min=0, max=8, help="Wait for so many host agents, too.")
+    ] = 0,
+    ops: Ops = _DEFAULTS.ops,
+    workload: WorkloadOption = Workload.MIXED,
+    seed: Seed = _DEFAULTS.seed,
+    profile: Profile = _DEFAULTS.profile,
+    vpid: Vpid = _DEFAULTS.vpid,
+    audit: AuditOption = Audit.SAMPLED,
+    mutant: MutantOption = None,
+    check: Check = _DEFAULTS.check,
+    host_rate: HostRate = _DEFAULTS.host_rate,
+    park_rate: ParkRate = _DEFAULTS.park_rate,
+    memory_pages: MemoryPages = _DEFAULTS.memory_pages,
+    mmu_pages: MmuPages = _DEFAULTS.mmu_pages,
+    wait_seconds: Annotated[
+        float, typer.Option("--wait-seconds", min=0.1, help="Longest wait for the workers.")
+    ] = 60.0,
+    stable_seconds: Annotated[
+        float, typer.Option("--stable-seconds", min=0.1, help="How long their number must be stable.")
+    ] = 3.0,
+    out: InFolder = None,
+    json: Annotated[bool, typer.Option("--json", help="The report as JSON instead of tables.")] = False,
+    log_format: LogFormatOption = LogFormat.CONSOLE,
+) -> None:
+    """The coordinator of one run; exit status 0 pass, 1 violated, 2 unknown. The others join it."""
+    from shadowmmu.cli.coordinate import coordinate
+    from shadowmmu.coordinator import RunSettings
+
+    _check_addresses(**{"--bind": bind})
+    config = make_config(
+        workload=workload,
+        seed=seed,
+        ops=ops,
+        profile=profile,
+        vpid=vpid,
+        audit=audit,
+        mutant=mutant,
+        check=check,
+        host_rate=host_rate,
+        park_rate=park_rate,
+        memory_pages=memory_pages,
+        mmu_pages=mmu_pages,
+    )
+    settings = RunSettings(
+        config=config, vcpus=vcpus, hosts=hosts, wait_seconds=wait_seconds, stable_seconds=stable_seconds
+    )
+    raise typer.Exit(coordinate(settings, bind, out, as_json=json, log_format=log_format))
+
+
+@worker_app.command("vcpu")
+def worker_vcpu(
+    coordinator: ConnectTo,
+    name: Name = None,
+    log_format: LogFormatOption = LogFormat.CONSOLE,
+) -> None:
+    """A virtual processor: joins a run, executes its share of the instructions."""
+    from shadowmmu.cli.logs import set_up_logs
+    from shadowmmu.vcpu import WorkerOptions, run_worker
+
+    _check_addresses(**{"--coordinator": coordinator})
+    set_up_logs(log_format)
+    options = WorkerOptions(coordinator=coordinator)
+    if name is not None:
+        options = msgspec.structs.replace(options, name=name)
+    raise typer.Exit(run_loop(run_worker(options)))
+
+
+@worker_app.command("host")
+def worker_host(
+    coordinator: ConnectTo,
+    name: Name = None,
+    log_format: LogFormatOption = LogFormat.CONSOLE,
+) -> None:
+    """A host agent: reclaims and moves pages, reads dirty logs, squeezes the number of shadow pages."""
+    from shadowmmu.cli.logs import set_up_logs
+    from shadowmmu.hostagent import AgentOptions, run_agent
+
+    _check_addresses(**{"--coordinator": coordinator})
+    set_up_logs(log_format)
+    options = AgentOptions(coordinator=coordinator)
+    if name is not None:
+        options = msgspec.structs.replace(options, name=name)
+    raise typer.Exit(run_loop(run_agent(options)))
+
+
+def _check_addresses(**addresses: str | None) -> None:
+    """ZeroMQ says no more than "invalid argument" of a bad address, and that late."""
+    for option, address in addresses.items():
+        if address is None:
+            continue
+        scheme, separator, rest = address.partition("://")
+        if scheme not in ("tcp", "ipc", "inproc") or not separator or not rest:
+            raise bad_value(option, f"{address!r} is no address; one is tcp://HOST:PORT or ipc://PATH")
+        port = rest.rpartition(":")[2]
+        if scheme == "tcp" and not (port == "*" or (port.isdigit() and int(port) < 1 << 16)):
+            raise bad_value(option, f"{address!r} has no port; an address is tcp://HOST:PORT")

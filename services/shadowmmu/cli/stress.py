@@ -1,0 +1,186 @@
+"""`shadowmmu stress`: a whole run on this machine.
+
+The folder of a run (`--out`) gets report.json, the journal and run.log. Without `--out` they go to a temporary folder,
+which is removed if the run passed, and kept and named if it did not.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shadowmmu.cli.options import (
+    AuditOption,
+    Check,
+    HostRate,
+    InFolder,
+    LogFormat,
+    LogFormatOption,
+    MemoryPages,
+    MmuPages,
+    MutantOption,
+    Ops,
+    ParkRate,
+    Profile,
+    Seed,
+    Vpid,
+    WorkloadOption,
+    make_config,
+)
+from shadowmmu.cli.usage import bad_value
+from shadowmmu.protocol.messages import Audit, RunConfig, Verdict, Workload
+
+__all__ = ["stress"]
+
+_DEFAULTS = RunConfig()
+
+
+def stress(
+    *,
+    vcpus: Annotated[int, typer.Option("--vcpus", min=1, max=256, help="Virtual processors.")] = 4,
+    ops: Ops = _DEFAULTS.ops,
+    workload: WorkloadOption = Workload.MIXED,
+    seed: Seed = _DEFAULTS.seed,
+    profile: Profile = _DEFAULTS.profile,
+    vpid: Vpid = _DEFAULTS.vpid,
+    audit: AuditOption = Audit.SAMPLED,
+    mutant: MutantOption = None,
+    check: Check = _DEFAULTS.check,
+    host_rate: HostRate = _DEFAULTS.host_rate,
+    park_rate: ParkRate = _DEFAULTS.park_rate,
+    memory_pages: MemoryPages = _DEFAULTS.memory_pages,
+    mmu_pages: MmuPages = _DEFAULTS.mmu_pages,
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="Everything in one process: repeatable to the digest.")
+    ] = False,
+    out: InFolder = None,
+    json: Annotated[bool, typer.Option("--json", help="The report as JSON instead of tables.")] = False,
+    wait_seconds: Annotated[
+        float, typer.Option("--wait-seconds", min=0.1, help="Longest wait for the processes to be ready.")
+    ] = 60.0,
+    log_format: LogFormatOption = LogFormat.CONSOLE,
+) -> None:
+    """Run guests against the MMU until --ops instructions are executed; exit status 0 pass, 1 violated, 2 unknown.
+
+    Every vCPU is a process of its own, on loopback. Without --out, report, journal and log go to a temporary folder
+    that is kept only if the run did not pass.
+    """
+    config = make_config(
+        workload=workload,
+        seed=seed,
+        ops=ops,
+        profile=profile,
+        vpid=vpid,
+        audit=audit,
+        mutant=mutant,
+        check=check,
+        host_rate=host_rate,
+        park_rate=park_rate,
+        memory_pages=memory_pages,
+        mmu_pages=mmu_pages,
+    )
+    with _run_folder(out) as folder:
+        status = _stress(
+            config,
+            vcpus,
+            folder,
+            in_process=in_process,
+            as_json=json,
+            wait_seconds=wait_seconds,
+            log_format=log_format,
+        )
+        if out is None and status != 0:
+            folder.keep()
+    raise typer.Exit(status)
+
+
+class _Folder:
+    """A run's folder; a temporary one goes away unless somebody says `keep`."""
+
+    def __init__(self, path: Path, *, temporary: bool) -> None:
+        self.path = path
+        self.temporary = temporary
+        self.kept = not temporary
+
+    def keep(self) -> None:
+        self.kept = True
+        typer.echo(f"Report, journal and log are kept in {self.path}", err=True)
+
+
+@contextmanager
+def _run_folder(out: Path | None) -> Iterator[_Folder]:
+    if out is None:
+        folder = _Folder(Path(tempfile.mkdtemp(prefix="shadowmmu-")), temporary=True)
+    else:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise bad_value("--out", f"{out}: {error.strerror}") from error
+        folder = _Folder(out, temporary=False)
+    try:
+        yield folder
+    except BaseException:
+        if folder.temporary and any(folder.path.iterdir()):
+            folder.keep()
+        raise
+    finally:
+        if not folder.kept:
+            shutil.rmtree(folder.path, ignore_errors=True)
+
+
+def _stress(
+    config: RunConfig,
+    vcpus: int,
+    folder: _Folder,
+    *,
+    in_process: bool,
+    as_json: bool,
+    wait_seconds: float,
+    log_format: LogFormat,
+) -> int:
+    from shadowmmu.cli.display import LiveProgress, show_report
+    from shadowmmu.cli.logs import logs_to
+    from shadowmmu.cli.loop import run_loop
+    from shadowmmu.coordinator import RunReport, RunSettings, write_report
+    from shadowmmu.coordinator.embedded import LOG_NAME, run_embedded
+    from shadowmmu.coordinator.inprocess import run_in_this_process
+
+    report: RunReport
+    log_path = folder.path / LOG_NAME
+    log_path.write_bytes(b"")
+    # Ours and the children's lines go to one file: both append, so that neither writes over the other.
+    with (
+        log_path.open("a", encoding="utf-8", buffering=1) as text_log,
+        log_path.open("ab", buffering=0) as children_log,
+        logs_to(log_format, text_log),
+        LiveProgress(config.ops) as progress,
+    ):
+        if in_process:
+            report = run_in_this_process(config, vcpus, folder.path, progress)
+        else:
+            settings = RunSettings(
+                config=config,
+                vcpus=vcpus,
+                hosts=1 if config.host_rate > 0.0 else 0,
+                wait_seconds=wait_seconds,
+            )
+            report = run_loop(
+                run_embedded(
+                    settings,
+                    folder.path,
+                    children_log,
+                    log_format=log_format.value,
+                    on_progress=progress,
+                )
+            )
+    write_report(report, folder.path)
+    show_report(report, as_json=as_json)
+    if report.verdict is Verdict.VIOLATED:
+        typer.echo(f"'shadowmmu replay {folder.path}' executes the journal again.", err=True)
+    return report.exit_status

@@ -1,0 +1,81 @@
+"""Usage errors: a message that names what was wrong, and exit status 64.
+
+The statuses 0, 1 and 2 are verdicts; so a command line that makes no sense must not end with one of them, as typer's
+own errors would (2).
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any, Final, cast
+
+import typer
+from typer.core import TyperGroup
+
+__all__ = ["USAGE_STATUS", "StrictGroup", "bad_value"]
+
+USAGE_STATUS: Final = 64
+"""EX_USAGE of sysexits.h."""
+INTERRUPTED_STATUS: Final = 130
+FAILED_STATUS: Final = 2
+"""The program failed: the verdict is unknown."""
+
+# Typer brings click along, or uses the installed one, depending on its version: found by way of a name of its own.
+_ClickException = cast("type[Exception]", typer.BadParameter.__mro__[2])
+
+
+def bad_value(option: str, text: str) -> typer.BadParameter:
+    """The error for an option's value that a command does not like; to be raised."""
+    return typer.BadParameter(text, param_hint=f"'{option}'")
+
+
+class StrictGroup(TyperGroup):
+    """The top-level command: typer's, with our exit statuses."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Runs the command line; ends the program unless told otherwise."""
+        try:
+            status = super().main(
+                args,
+                prog_name,
+                complete_var,
+                standalone_mode=False,
+                windows_expand_args=windows_expand_args,
+                **extra,
+            )
+        except _ClickException as error:
+            if not standalone_mode:
+                raise
+            _explain(error)
+            sys.exit(USAGE_STATUS)
+        except typer.Abort:
+            if not standalone_mode:
+                raise
+            sys.exit(INTERRUPTED_STATUS)
+        except Exception:
+            if not standalone_mode:
+                raise
+            # Python's own status for this is 1, which would say "violated".
+            traceback.print_exc()
+            sys.exit(FAILED_STATUS)
+        if not standalone_mode:
+            return status
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+def _explain(error: Any) -> None:
+    """What was wrong, and where help is to be found, on stderr."""
+    path = "shadowmmu" if error.ctx is None else error.ctx.command_path
+    if text := error.format_message():
+        typer.echo(f"{path}: {text}", err=True)
+    typer.echo(f"'{path} --help' says what there is.", err=True)

@@ -1,0 +1,254 @@
+"""The coordinator's process: a socket, a clock and the checker around the pure run state.
+
+One ROUTER socket; a session per member checks and numbers its messages. The checker works in the same loop, a bounded
+slice per turn, so that heartbeats are answered in between and the MMU service, which has work to do, is kept waiting
+by credits only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Final, Self
+
+import structlog
+
+from shadowmmu.client.transport import Endpoint
+from shadowmmu.coordinator.assemble import assemble_report
+from shadowmmu.coordinator.intake import Intake
+from shadowmmu.coordinator.progress import Snapshot, snapshot_of
+from shadowmmu.coordinator.report import RunReport
+from shadowmmu.coordinator.run_state import RunState
+from shadowmmu.coordinator.run_types import Output, Phase, Refuse, RunSettings, Send, Stop, TakeIn
+from shadowmmu.protocol import (
+    COORDINATOR,
+    FROM_COORDINATOR,
+    TO_COORDINATOR,
+    Envelope,
+    ErrorCode,
+    LocalProtocolError,
+    RemoteProtocolError,
+    Session,
+    Side,
+    State,
+    error_reply,
+)
+from shadowmmu.protocol import messages as m
+
+__all__ = ["Coordinator", "OnProgress"]
+
+LINGER_SECONDS: Final = 2.0
+"""At most this long the last messages may take to leave."""
+TICKS_PER_HEARTBEAT: Final = 4
+
+OnProgress = Callable[[Snapshot], None]
+
+log = structlog.get_logger("shadowmmu.coordinator")
+
+
+class Coordinator:
+    """Conducts one run. `bind`, then `await run()`; an async context manager that closes the socket.
+
+    `on_progress` is called a few times per second; `clock` gives seconds and does not go back.
+    """
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        *,
+        mode: str = "processes",
+        on_progress: OnProgress | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.state = RunState(settings, clock())
+        self._settings = settings
+        self._mode = mode
+        self._on_progress = on_progress
+        self._clock = clock
+        self._started = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self._intake = Intake(check=settings.config.check)
+        self._intake_scheduled = False
+        self._sessions: dict[bytes, Session] = {}
+        self._finished = asyncio.Event()
+        self._failure: BaseException | None = None
+        self._logged = (Phase.WAITING, 0, 0)
+        self.address = ""
+        self._endpoint = Endpoint.router(
+            self._message,
+            on_peer_lost=self._peer_lost,
+            on_failure=self._endpoint_failed,
+            hard_limit=TO_COORDINATOR.hard_limit,
+        )
+
+    def bind(self, address: str) -> str:
+        """Listens there; returns the real address."""
+        self.address = self._endpoint.bind(address)
+        log.info("listening", address=self.address)
+        return self.address
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._endpoint.close()
+
+    async def run(self) -> RunReport:
+        """Conducts the run to its end: every wait in it is bounded. The last messages have left when it returns."""
+        self._endpoint.start()
+        ticker = asyncio.create_task(self._tick())
+        try:
+            await self._finished.wait()
+        finally:
+            ticker.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await ticker
+        if self._failure is not None:
+            raise self._failure
+        report = assemble_report(self.state, self._started, self._mode)
+        await self._endpoint.close(linger=LINGER_SECONDS)
+        return report
+
+    def fail(self, text: str) -> None:
+        """Something outside went wrong (a process died, somebody pressed Ctrl-C): the run ends in order, as unknown."""
+        self._carry_out(self.state.failed(text, self._clock()))
+
+    @property
+    def finished(self) -> bool:
+        """The verdict is out."""
+        return self.state.phase is Phase.FINISHED
+
+    # --- time ---------------------------------------------------------------------------------------------------
+
+    async def _tick(self) -> None:
+        try:
+            while True:
+                await asyncio.sleep(self._settings.heartbeat / TICKS_PER_HEARTBEAT)
+                self._carry_out(self.state.tick(self._clock()))
+                if self._on_progress is not None:
+                    self._on_progress(snapshot_of(self.state, self._clock()))
+        except Exception as error:  # noqa: BLE001 - of whatever kind: it ends the run
+            self._endpoint_failed(error)
+
+    # --- messages -----------------------------------------------------------------------------------------------
+
+    def _message(self, peer: bytes, frames: list[bytes]) -> None:
+        session = self._sessions.get(peer)
+        stranger = session is None
+        if session is None:
+            session = Session(COORDINATOR, Side.SERVICE)
+        try:
+            envelope = TO_COORDINATOR.decode(frames)
+            act = session.receive(envelope)
+        except RemoteProtocolError as error:
+            self._refused(peer, error)
+            return
+        if stranger:
+            self._sessions[peer] = session
+        if act:
+            assert isinstance(envelope.body, m.MemberMessage)
+            self._carry_out(self.state.receive(peer, envelope.body, self._clock()))
+
+    def _refused(self, peer: bytes, error: RemoteProtocolError) -> None:
+        log.warning("refused", peer=peer.hex(), code=error.code.value, text=error.text)
+        self._transmit(peer, error_reply(error))
+        if error.info.ends:
+            self._carry_out(self.state.gone(peer, str(error), self._clock()))
+
+    def _peer_lost(self, peer: bytes, code: ErrorCode, undelivered: int) -> None:
+        text = (
+            "its connection is gone" if code is ErrorCode.GIVEN_UP else "it does not read what is sent to it"
+        )
+        self._carry_out(
+            self.state.gone(peer, f"{text} ({undelivered} messages not delivered)", self._clock())
+        )
+
+    def _endpoint_failed(self, error: BaseException) -> None:
+        if self._failure is None:
+            self._failure = error
+        self._finished.set()
+
+    # --- outputs ------------------------------------------------------------------------------------------------
+
+    def _carry_out(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            match output:
+                case Send(peer, body):
+                    assert isinstance(peer, bytes)
+                    self._send(peer, body)
+                case Refuse(peer, code, text):
+                    assert isinstance(peer, bytes)
+                    self._refuse(peer, code, text)
+                case TakeIn(batch):
+                    self._intake.put(batch)
+                    self._schedule_intake()
+                case Stop():
+                    self._finished.set()
+        self._log_changes()
+
+    def _send(self, peer: bytes, body: m.CoordinatorMessage) -> None:
+        try:
+            envelope = self._sessions[peer].send(body)
+        except LocalProtocolError as error:
+            # The member's session is over already, or the member is not where it should be: it hears no more of us.
+            log.warning("not sent", peer=peer.hex(), message=type(body).__name__, reason=str(error))
+            return
+        self._transmit(peer, envelope)
+
+    def _refuse(self, peer: bytes, code: ErrorCode, text: str) -> None:
+        session = self._sessions[peer]
+        if session.state is State.ATTACHING:
+            self._transmit(peer, session.send(m.ErrorReply(code.value, text)))
+            del self._sessions[peer]
+        else:
+            self._transmit(
+                peer, error_reply(RemoteProtocolError(code, text, incarnation=session.incarnation))
+            )
+
+    def _transmit(self, peer: bytes, envelope: Envelope) -> None:
+        with contextlib.suppress(ConnectionError):  # closed: there is nobody to talk to any more
+            self._endpoint.send(peer, FROM_COORDINATOR.encode(envelope))
+
+    # --- events -------------------------------------------------------------------------------------------------
+
+    def _schedule_intake(self) -> None:
+        if not self._intake_scheduled and self._intake.pending:
+            self._intake_scheduled = True
+            asyncio.get_running_loop().call_soon(self._work)
+
+    def _work(self) -> None:
+        self._intake_scheduled = False
+        try:
+            piece = self._intake.work()
+            now = self._clock()
+            if piece.violation is not None:
+                log.error("violated", text=str(piece.violation), blame=piece.violation.blame)
+                self._carry_out(self.state.violated(piece.violation, now))
+            if piece.error is not None:
+                self._carry_out(self.state.failed(piece.error, now))
+            if piece.batches:
+                self._carry_out(self.state.taken_in(piece.batches, now))
+        except Exception as error:  # noqa: BLE001 - of whatever kind: it ends the run
+            self._endpoint_failed(error)
+            return
+        self._schedule_intake()
+
+    # --- the log ------------------------------------------------------------------------------------------------
+
+    def _log_changes(self) -> None:
+        state = self.state
+        phase, problems, notes = self._logged
+        for note in state.notes[notes:]:
+            log.info("note", text=note)
+        for problem in state.problems[problems:]:
+            log.warning("problem", text=problem)
+        if state.phase is not phase:
+            log.info("phase", phase=state.phase.value, vcpus=state.vcpus)
+            if state.phase is Phase.FINISHED:
+                log.info("finished", verdict=state.verdict.value, text=state.text)
+        self._logged = (state.phase, len(state.problems), len(state.notes))
