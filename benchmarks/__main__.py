@@ -1,0 +1,30 @@
+"""`python -m benchmarks`: measures and prints; no figure passes or fails."""
+
+from __future__ import annotations
+
+import argparse
+
+from benchmarks.figures import Figure, print_figures
+from benchmarks.model import page_faults
+from benchmarks.service import requests_per_second
+from benchmarks.stress import accesses_per_second
+
+
+def main() -> None:
+    """Runs the benchmarks asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=3, help="measurements per figure")
+    parser.add_argument("--only", choices=["model", "service", "stress"], help="only these")
+    arguments = parser.parse_args()
+    figures: list[Figure] = []
+    if arguments.only in (None, "model"):
+        figures.append(page_faults(arguments.runs))
+    if arguments.only in (None, "service"):
+        figures += requests_per_second(arguments.runs)
+    if arguments.only in (None, "stress"):
+        figures += accesses_per_second(arguments.runs)
+    print_figures(figures)
+
+
+if __name__ == "__main__":
+    main()
