@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 from hdrh.histogram import HdrHistogram
 
-from shadowmmu.hostagent import AgentOptions, life, run_agent
+from shadowmmu.hostagent import AgentOptions, run_agent
 from shadowmmu.protocol import messages as m
 from shadowmmu.protocol.states import State
-from shadowmmu.vcpu import life as vcpu_life
 from tests.vcpu.fakes import LIMIT, Child, FakeCoordinator, FakeMmu
 
 SCRIPT = Path(__file__).with_name("host_process.py")
@@ -138,12 +137,3 @@ async def test_a_signal_ends_the_process_in_order() -> None:
         assert status == 128 + signal.SIGTERM, output
         assert mmu.host.session.state is State.ENDED
         assert len(mmu.host.all(m.HostRequest)) == 3
-
-
-def test_both_workers_live_the_same_life() -> None:
-    """Siblings do not import one another, so the text is there twice."""
-    mine, theirs = (
-        Path(module.__file__ or "").read_text().replace("vcpu", "X").replace("hostagent", "X")
-        for module in (life, vcpu_life)
-    )
-    assert mine == theirs

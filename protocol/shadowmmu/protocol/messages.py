@@ -301,6 +301,12 @@ class Reclaim(_Message, tag="reclaim", frozen=True):
     gfn: Frame
 
 
+class ReclaimIdle(_Message, tag="reclaim_idle", frozen=True):
+    """Like Reclaim for each of these pages that was not used lately (notifier test_young). Result: how many went."""
+
+    gfns: Annotated[list[Frame], Meta(min_length=1, max_length=64)]
+
+
 class Move(_Message, tag="move", frozen=True):
     """The host backs the page by a new host frame at once. Notifier change_pte."""
 
@@ -369,6 +375,7 @@ HostOperation: TypeAlias = (
     Unmap
     | UnmapRange
     | Reclaim
+    | ReclaimIdle
     | Move
     | Age
     | TestAge

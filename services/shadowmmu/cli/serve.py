@@ -43,6 +43,15 @@ Bind = Annotated[
         "--bind", help="Where to listen, as tcp://HOST:PORT (PORT *: any free one).", metavar="ADDR"
     ),
 ]
+Linger = Annotated[
+    float,
+    typer.Option(
+        "--linger",
+        min=0.0,
+        envvar="SHADOWMMU_LINGER",
+        help="Stay so many seconds after the run's end, so that a supervisor sees the coordinator end first.",
+    ),
+]
 Name = Annotated[str | None, typer.Option("--name", help="Who this is, for people and logs.")]
 
 
@@ -73,6 +82,7 @@ def serve_mmu(
     park_rate: ParkRate = _DEFAULTS.park_rate,
     memory_pages: MemoryPages = _DEFAULTS.memory_pages,
     mmu_pages: MmuPages = _DEFAULTS.mmu_pages,
+    linger: Linger = 0.0,
     log_format: LogFormatOption = LogFormat.CONSOLE,
 ) -> None:
     """The MMU service. In a run (--coordinator) the coordinator says what is run; alone, the options do."""
@@ -95,7 +105,13 @@ def serve_mmu(
     _check_addresses(**{"--bind": bind, "--coordinator": coordinator, "--advertise": advertise})
     set_up_logs(log_format)
     options = MmuOptions(
-        bind=bind, advertise=advertise, coordinator=coordinator, config=config, vcpus=vcpus, out=out
+        bind=bind,
+        advertise=advertise,
+        coordinator=coordinator,
+        config=config,
+        vcpus=vcpus,
+        out=out,
+        linger_seconds=linger,
     )
     raise typer.Exit(run_loop(serve(options)))
 
@@ -168,6 +184,7 @@ def serve_coordinator(
 def worker_vcpu(
     coordinator: ConnectTo,
     name: Name = None,
+    linger: Linger = 0.0,
     log_format: LogFormatOption = LogFormat.CONSOLE,
 ) -> None:
     """A virtual processor: joins a run, executes its share of the instructions."""
@@ -176,7 +193,7 @@ def worker_vcpu(
 
     _check_addresses(**{"--coordinator": coordinator})
     set_up_logs(log_format)
-    options = WorkerOptions(coordinator=coordinator)
+    options = WorkerOptions(coordinator=coordinator, linger_seconds=linger)
     if name is not None:
         options = msgspec.structs.replace(options, name=name)
     raise typer.Exit(run_loop(run_worker(options)))
@@ -186,6 +203,7 @@ def worker_vcpu(
 def worker_host(
     coordinator: ConnectTo,
     name: Name = None,
+    linger: Linger = 0.0,
     log_format: LogFormatOption = LogFormat.CONSOLE,
 ) -> None:
     """A host agent: reclaims and moves pages, reads dirty logs, squeezes the number of shadow pages."""
@@ -194,7 +212,7 @@ def worker_host(
 
     _check_addresses(**{"--coordinator": coordinator})
     set_up_logs(log_format)
-    options = AgentOptions(coordinator=coordinator)
+    options = AgentOptions(coordinator=coordinator, linger_seconds=linger)
     if name is not None:
         options = msgspec.structs.replace(options, name=name)
     raise typer.Exit(run_loop(run_agent(options)))

@@ -19,6 +19,8 @@ __all__ = ["HostProgram"]
 MIN_MMU_PAGES: Final = 64
 WORKING_SET: Final = 48
 """Frames at each end of a partition that the guest uses most."""
+IDLE_SCAN: Final = 64
+"""Pages that one search for idle ones looks at."""
 
 
 class HostProgram:
@@ -40,6 +42,7 @@ class HostProgram:
             (self._unmap, 30),
             (self._unmap_range, 6),
             (self._reclaim, 25),
+            (self._reclaim_idle, 25),
             (self._move, 10),
             (self._age, 10),
             (self._test_age, 4),
@@ -80,6 +83,9 @@ class HostProgram:
 
     def _reclaim(self) -> m.HostOperation:
         return m.Reclaim(self._gfn())
+
+    def _reclaim_idle(self) -> m.HostOperation:
+        return m.ReclaimIdle([self._gfn() for _ in range(IDLE_SCAN)])
 
     def _move(self) -> m.HostOperation:
         return m.Move(self._gfn(), writable=self._random.random() < 0.5)

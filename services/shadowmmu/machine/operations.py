@@ -129,6 +129,16 @@ def _if_present(kvm: Kvm, gfn: int, operation: Operation[None]) -> Operation[Hos
     return HostResult(1)
 
 
+def _reclaim_idle(kvm: Kvm, gfns: list[int]) -> Operation[HostResult]:
+    """Looks for pages that no shadow entry has used, and swaps them out."""
+    gone = 0
+    for gfn in gfns:
+        if kvm.host.is_present(gfn) and not (yield from k.kvm_mmu_notifier_test_young(kvm, gfn)):
+            yield from k.host.reclaim(kvm, gfn)
+            gone += 1
+    return HostResult(gone)
+
+
 def _dirty_log(kvm: Kvm, slot: int) -> Operation[HostResult]:
     dirty = yield from k.kvm_vm_ioctl_get_dirty_log(kvm, slot)
     return HostResult() if dirty is None else HostResult(len(dirty), sorted(dirty))
@@ -153,6 +163,8 @@ def host_operation(kvm: Kvm, operation: m.HostOperation) -> Operation[HostResult
             return _nothing(k.host.unmap_range(kvm, gfn, npages))
         case m.Reclaim(gfn):
             return _if_present(kvm, gfn, k.host.reclaim(kvm, gfn))
+        case m.ReclaimIdle(gfns):
+            return _reclaim_idle(kvm, gfns)
         case m.Move(gfn, writable):
             return _nothing(k.host.move(kvm, gfn, kvm.host.take_pfn(kvm.host.slot(gfn)), writable))
         case m.Age(gfn):
@@ -184,6 +196,9 @@ def host_operation_refusal(kvm: Kvm, operation: m.HostOperation) -> str | None:
     match operation:
         case m.Unmap(gfn) | m.Reclaim(gfn) | m.Move(gfn, _) | m.Age(gfn) | m.TestAge(gfn):
             return None if in_slot(gfn) else f"gfn {gfn} is in no memory slot"
+        case m.ReclaimIdle(gfns):
+            outside = [gfn for gfn in gfns if not in_slot(gfn)]
+            return f"gfn {outside[0]} is in no memory slot" if outside else None
         case m.UnmapRange(gfn, npages):
             slot = kvm.gfn_to_memslot(gfn)
             inside = slot is not None and gfn + npages <= slot.end_gfn

@@ -16,7 +16,8 @@ class MmuOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     `bind`: ZeroMQ address to listen at (port `*`: any). `advertise`: where peers reach it, if that is another
     address. `coordinator`: address of the run's coordinator; None: no run, the service is for protocol clients
-    alone, with `config` and `vcpus` vCPUs. `out`: folder for the journal; None: no journal is kept.
+    alone, with `config` and `vcpus` vCPUs. `out`: folder for the journal; None: no journal is kept. `linger_seconds`:
+    to stay after the end of a run, so that a supervisor sees the coordinator end first.
     """
 
     bind: str
@@ -27,3 +28,4 @@ class MmuOptions(msgspec.Struct, frozen=True, kw_only=True):
     vcpus: int = 1
     out: Path | None = None
     heartbeat: float = 1.0
+    linger_seconds: float = 0.0

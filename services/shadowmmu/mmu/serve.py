@@ -10,7 +10,7 @@ import asyncio
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -197,7 +197,11 @@ async def _serve_run(options: MmuOptions, coordinator: str, stop: asyncio.Event)
             timeout=JOIN_SECONDS,
         )
         async with member:
-            return await _take_part(options, member, begin, stop)
+            status = await _take_part(options, member, begin, stop)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(options.linger_seconds):
+            await stop.wait()
+    return status
 
 
 async def _take_part(

@@ -9,7 +9,7 @@ import platform
 import msgspec
 
 from shadowmmu.hostagent.connection import AgentConnection
-from shadowmmu.hostagent.life import LifeOptions, take_part
+from shadowmmu.client.life import LifeOptions, take_part
 from shadowmmu.hostagent.requests import HostRequests, Operations
 from shadowmmu.machine.host_program import HostProgram
 from shadowmmu.protocol.messages import Joined, Role

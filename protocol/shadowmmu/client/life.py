@@ -1,5 +1,4 @@
-"""The life of a worker process, as a member of a run. (`shadowmmu.hostagent.life` is the same text: siblings do not
-import one another.)
+"""The life of a worker process, as a member of a run.
 
     join the coordinator -> attach to the MMU service -> ready -> start -> work -> drain -> detach -> report -> end
 
@@ -51,8 +50,9 @@ class LifeOptions(msgspec.Struct, frozen=True, kw_only=True):
     `coordinator`: its ZeroMQ address; `name`: for people and logs. `join_seconds`: longest wait for the coordinator's
     welcome (it comes when the MMU service is known); `attach_seconds`: for that of the MMU service; `leave_seconds`:
     for finishing what is under way and detaching at the end of a run; `stop_seconds`: the same once something else
-    ended us (a signal, a lost coordinator); `finish_seconds`: for the end of the run, once we have failed and said so.
-    `missed`: heartbeats in a row that others may leave out.
+    ended us (a signal, a lost coordinator); `finish_seconds`: for the end of the run, once we have failed and said so;
+    `linger_seconds`: to stay after the end, for a supervisor that ends a run when its first process ends (Compose) and
+    is to see the coordinator end first. `missed`: heartbeats in a row that others may leave out.
     """
 
     coordinator: str
@@ -62,6 +62,7 @@ class LifeOptions(msgspec.Struct, frozen=True, kw_only=True):
     leave_seconds: float = 20.0
     stop_seconds: float = 2.0
     finish_seconds: float = 60.0
+    linger_seconds: float = 0.0
     missed: int = MISSED_LIMIT
 
 
@@ -124,6 +125,8 @@ async def take_part(options: LifeOptions, role: Role, make_part: Callable[[Joine
             over = await _live(options, member, make_part, stop, log)
         except _Over as reason:
             over = reason
+        if options.linger_seconds > 0.0 and not stop.done():
+            await _first((stop,), options.linger_seconds)
     (log.error if over.status == FAILED else log.info)("ended", status=over.status, text=over.text)
     return over.status
 
