@@ -25,8 +25,6 @@ from shadowmmu.protocol import (
 )
 from shadowmmu.protocol import messages as m
 
-HEARTBEAT = 0.05
-
 
 class FakeService:
     """A session per peer; `answer(peer, body)` decides what is sent back. Everything accepted is in `taken`."""
@@ -34,6 +32,7 @@ class FakeService:
     service = MMU
     incoming = TO_MMU
     outgoing = FROM_MMU
+    heartbeat = 1.0  # seconds; tests of silence make it shorter
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]] | None = None) -> None:
         self.sessions: dict[bytes, Session] = {}
@@ -100,7 +99,7 @@ class FakeMmu(FakeService):
             case m.Attach():
                 self.incarnations += 1
                 vcpu = (body.vcpu or 0) if body.role is m.Role.VCPU else None
-                return m.Attached(vcpu, self.incarnations, vpid=True, heartbeat=HEARTBEAT)
+                return m.Attached(vcpu, self.incarnations, vpid=True, heartbeat=self.heartbeat)
             case m.Enter():
                 return m.Entered(session.entry + 1, flush=True)
             case m.Exit():
@@ -137,7 +136,7 @@ class FakeCoordinator(FakeService):
     def answer(self, peer: bytes, envelope: Envelope) -> Message | None:
         match envelope.body:
             case m.Join():
-                return m.Joined(len(self.sessions), self.config, "tcp://127.0.0.1:1", HEARTBEAT)
+                return m.Joined(len(self.sessions), self.config, "tcp://127.0.0.1:1", self.heartbeat)
             case m.Heartbeat():
                 return m.Heartbeat()
             case _:

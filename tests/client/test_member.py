@@ -90,7 +90,8 @@ async def test_only_the_mmu_service_sends_events(coordinator: FakeCoordinator, c
 
 
 async def test_the_coordinator_falls_silent(coordinator: FakeCoordinator, context: Context) -> None:
-    async with await MemberClient.join(coordinator.address, m.Role.VCPU, missed=3, context=context) as member:
+    coordinator.heartbeat = 0.05
+    async with await MemberClient.join(coordinator.address, m.Role.VCPU, missed=4, context=context) as member:
         coordinator.silent = True
         await asyncio.wait_for(member.lost.wait(), 20)
         assert member.drain.is_set()

@@ -108,7 +108,8 @@ async def test_no_service(context: Context) -> None:
 
 
 async def test_heartbeats_both_ways_and_their_end(mmu: FakeMmu, context: Context, until: Until) -> None:
-    vcpu = await VcpuClient.connect(mmu.address, missed=3, context=context)
+    mmu.heartbeat = 0.05
+    vcpu = await VcpuClient.connect(mmu.address, missed=4, context=context)
     await until(lambda: [type(body) for _, body in mmu.taken].count(m.Heartbeat) >= 5)
     mmu.silent = True
     waiting = asyncio.create_task(vcpu.kicked())

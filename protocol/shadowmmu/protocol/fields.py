@@ -70,7 +70,8 @@ NOTES: Final[Mapping[str, str]] = {
         "at once, and with it all paced ones before it."
     ),
     "result": "What the operation returned; 0 where it returns nothing.",
-    "gfns": "GetDirtyLog: guest frame numbers of the dirty pages; else empty.",
+    "ReclaimIdle.gfns": "Guest frame numbers of the pages.",
+    "HostReply.gfns": "GetDirtyLog: guest frame numbers of the dirty pages; else empty.",
     "gfn": "Guest frame number (guest physical address / 4096).",
     "npages": "Pages of 4 KiB.",
     "writable": "Whether the new mapping may be written.",
