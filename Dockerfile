@@ -13,7 +13,7 @@ RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))
         > requirements/run.txt \
     && python -m pip --python /opt/shadowmmu/bin/python install -q -c constraints.txt -r requirements/run.txt
 
-COPY LICENSE ./
+COPY LICENSE README.md ./
 COPY protocol protocol
 COPY services services
 COPY workers workers

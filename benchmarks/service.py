@@ -31,13 +31,11 @@ CONFIG = m.RunConfig(memory_pages=PAGES, mmu_pages=4096, park_rate=0.0, host_rat
 
 
 async def _service(report: Connection, vcpus: int) -> None:
-    served: list[MmuService] = []
-    endpoint = Endpoint.router(lambda address, frames: served[0].on_message(address, frames))
-    report.send(endpoint.bind("tcp://127.0.0.1:*"))
     service = MmuService(CONFIG, JournalFile(None), 1.0)
+    endpoint = Endpoint.router(service.on_message, on_batch=service.on_batch)
     service.endpoint = endpoint
-    served.append(service)
     service.start(vcpus)
+    report.send(endpoint.bind("tcp://127.0.0.1:*"))
     async with endpoint:
         await asyncio.get_running_loop().run_in_executor(None, report.recv)
 
@@ -52,13 +50,15 @@ async def _echo(report: Connection, _vcpus: int) -> None:
         match envelope.body:
             case m.Attach():
                 answer: m.Message = m.Attached(len(sessions) - 1, len(sessions), vpid=True, heartbeat=1.0)
+            case m.Detach():
+                answer = m.Ended("detached")
             case m.Enter() | m.Exit():
                 answer = m.Entered(session.entry + 1)
             case _:
                 return
         endpoint.send(address, FROM_MMU.encode(session.send(answer)))
 
-    endpoint = Endpoint.router(on_message)
+    endpoint = Endpoint.router(on_message, on_batch=lambda: None)
     report.send(endpoint.bind("tcp://127.0.0.1:*"))
     async with endpoint:
         await asyncio.get_running_loop().run_in_executor(None, report.recv)

@@ -111,6 +111,32 @@ class TestProcesses:
         assert [(lost.role, lost.name) for lost in report.lost] == [(Role.VCPU, "worker-1")]
         assert all(is_gone(pid) for pid in pids(tmp_path).values())
 
+    def test_a_stopped_worker_is_given_up_and_reported(self, start: Start, tmp_path: Path) -> None:
+        run = start(
+            "stress", "--vcpus", "2", "--ops", "50000000", "--out", str(tmp_path), "--log-format", "json"
+        )
+        wait_for(said(tmp_path, '"phase": "running"'), "the start of the run")
+        os.kill(pids(tmp_path)["worker-1"], signal.SIGSTOP)
+        output, errors = run.communicate(timeout=90)
+        assert run.returncode == 2, output + errors
+        report = report_in(tmp_path)
+        assert report.verdict is Verdict.UNKNOWN
+        assert report.violation is None
+        assert [(lost.role, lost.name) for lost in report.lost] == [(Role.VCPU, "worker-1")]
+
+    def test_a_worker_that_was_stopped_for_a_moment_goes_on(self, start: Start, tmp_path: Path) -> None:
+        run = start(
+            "stress", "--vcpus", "2", "--ops", "30000", "--out", str(tmp_path), "--log-format", "json"
+        )
+        wait_for(said(tmp_path, '"phase": "running"'), "the start of the run")
+        pid = pids(tmp_path)["worker-1"]
+        os.kill(pid, signal.SIGSTOP)
+        stat = Path(f"/proc/{pid}/stat")
+        wait_for(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", "the worker to stop")
+        os.kill(pid, signal.SIGCONT)
+        output, errors = run.communicate(timeout=90)
+        assert run.returncode == 0, output + errors
+
     def test_ctrl_c_ends_the_run_in_order(self, start: Start, tmp_path: Path) -> None:
         run = start(
             "stress", "--vcpus", "1", "--ops", "50000000", "--out", str(tmp_path), "--log-format", "json"

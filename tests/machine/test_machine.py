@@ -300,3 +300,16 @@ def test_the_operations_under_way_are_named() -> None:
     driven.settle()
     (operation,) = driven.runner.machine.operations_under_way()
     assert (operation["name"], operation["at"]) == ("host.unmap", "KICK")
+
+
+def test_an_operation_that_waits_for_another_one_is_not_ready() -> None:
+    driven = Driven(1)
+    driven.enter(0)
+    driven.map_page(0, 7)
+    # The first waits for the kicked vCPU, the others for the first.
+    for operation in (m.Reclaim(7), m.Move(7, writable=True), m.Move(7, writable=True)):
+        driven.submit(HostAsked(1, operation))
+    driven.settle()
+    assert not driven.done
+    driven.send(0, m.Exit(driven.entry(0), m.ExternalInterruptExit()))
+    assert len(driven.done) == 3

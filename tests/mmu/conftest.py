@@ -46,6 +46,7 @@ class Served:
         )
         self.endpoint = Endpoint.router(
             self.service.on_message,
+            on_batch=self.service.on_batch,
             on_peer_lost=self._peer_lost,
             hard_limit=TO_MMU.hard_limit,
             context=self.context,

@@ -148,7 +148,7 @@ def _emulator_cmpxchg(vcpu: Vcpu, slot: KvmMemorySlot, gpa: int, instruction: In
     """A locked read-modify-write, atomically on memory (emulator_cmpxchg_emulated); returns the old value.
 
     The kernel compares and exchanges with the value that the emulator read before, and runs the instruction again if
-    that fails; both are one step here.
+    that fails; both are one step here. The frame is marked dirty in the log, which 3.1 seems to forget on this path.
     """
     kvm = vcpu.kvm
     kvm.host.fault_in(slot, gpa >> 12)

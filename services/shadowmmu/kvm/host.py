@@ -1,8 +1,8 @@
 """The rest of the host, as far as the guest's memory goes: taking pages away, moving them, breaking copy on write.
 
 Operations (generators), each of which changes the host's own tables first and then tells KVM through the MMU
-notifiers. That order, and a page that a vCPU's look-up brings back while a notifier is still at work, follow the
-recordings; in the kernel the page-table lock makes such a look-up wait.
+notifiers. As in the kernel, where the page-table lock sees to it, a page is not changed again before KVM knows of the
+last change. Unlike there, a look-up may bring a page back while the notifier that took it away is still at work.
 """
 
 from __future__ import annotations
@@ -47,6 +47,14 @@ def _frames(kvm: Kvm, slot: KvmMemorySlot, key: int) -> list[tuple[int, int]]:
     return [(gfn, kvm.host.pfn(gfn)) for gfn in kvm.host.frames(slot, key)]
 
 
+def _begin_change(kvm: Kvm, keys: list[int]) -> Operation[None]:
+    """Take the page-table lock, so to speak: wait until KVM knows of all earlier changes of these host pages."""
+    in_change = kvm.host.in_change
+    while any(key in in_change for key in keys):
+        yield Point.HOST_PAGE_BUSY
+    in_change.update(keys)
+
+
 def _changed(kvm: Kvm, key: int) -> None:
     """KVM knows of one change of this host page now."""
     in_change = kvm.host.in_change
@@ -75,8 +83,12 @@ def break_cow(kvm: Kvm, slot: KvmMemorySlot, gfn: int) -> Operation[None]:
     key = gfn & slot.host_mask
     if key not in host.readonly:
         return
+    yield from _begin_change(kvm, [key])
+    if key not in host.readonly:  # somebody else was quicker
+        _changed(kvm, key)
+        return
+    host.fault_in(slot, gfn)
     gone = _frames(kvm, slot, key)
-    host.in_change[key] += 1
     host.readonly.discard(key)
     host.assign(slot, key, host.take_pfn(slot))
     pfn = host.pfn(key)
@@ -112,22 +124,23 @@ def unmap(kvm: Kvm, gfn: int) -> Operation[None]:
     """
     slot = kvm.host.slot(gfn)
     yield from split(kvm, gfn)
-    yield from _unmap_page(kvm, slot, gfn)
+    yield from _unmap_page(kvm, slot, gfn, swap=False)
 
 
 def reclaim(kvm: Kvm, gfn: int) -> Operation[None]:
     """Swap one page out (invalidate_page). It comes back in a frame never used before, with its contents."""
     slot = kvm.host.slot(gfn)
     yield from split(kvm, gfn)
-    kvm.host.swapped.add(gfn & slot.host_mask)
-    yield from _unmap_page(kvm, slot, gfn)
+    yield from _unmap_page(kvm, slot, gfn, swap=True)
 
 
-def _unmap_page(kvm: Kvm, slot: KvmMemorySlot, gfn: int) -> Operation[None]:
+def _unmap_page(kvm: Kvm, slot: KvmMemorySlot, gfn: int, swap: bool) -> Operation[None]:
     key = gfn & slot.host_mask
+    yield from _begin_change(kvm, [key])
     gone = _frames(kvm, slot, key)
-    kvm.host.in_change[key] += 1
     kvm.host.absent.add(key)
+    if swap:
+        kvm.host.swapped.add(key)
     yield Point.HOST_UNMAPPED
     yield from kvm_mmu_notifier_invalidate_page(kvm, gfn)
     _changed(kvm, key)
@@ -143,8 +156,8 @@ def unmap_range(kvm: Kvm, gfn: int, npages: int) -> Operation[None]:
     keys = _host_pages(kvm, gfns)
     for block in range(gfn & ~511, gfn + npages, 512):
         yield from split(kvm, max(block, gfn))
+    yield from _begin_change(kvm, keys)
     gone = [pair for key in keys for pair in _frames(kvm, host.slot(key), key)]
-    host.in_change.update(keys)
     host.absent.update(keys)
     yield Point.HOST_UNMAPPED
     yield from kvm_mmu_notifier_invalidate_range_start(kvm, gfns)
@@ -175,8 +188,8 @@ def move(kvm: Kvm, gfn: int, pfn: int, writable: bool) -> Operation[None]:
     slot = host.slot(gfn)
     yield from split(kvm, gfn)
     key = gfn & slot.host_mask
+    yield from _begin_change(kvm, [key])
     gone = _frames(kvm, slot, key)
-    host.in_change[key] += 1
     host.absent.discard(key)
     host.swapped.discard(key)
     (host.readonly.discard if writable else host.readonly.add)(key)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from shadowmmu.cpu.x86 import PT_PAGE_SIZE_MASK, PT_WRITABLE_MASK
+from shadowmmu.cpu.x86 import PT_WRITABLE_MASK
 from shadowmmu.kvm.effects import Operation
 from shadowmmu.kvm.page import ShadowPage
 from shadowmmu.kvm.points import Point
-from shadowmmu.kvm.pte_list import PteList, pte_list_add, pte_list_entries, pte_list_first, pte_list_remove
+from shadowmmu.kvm.pte_list import pte_list_add, pte_list_entries, pte_list_first, pte_list_remove
 
 if TYPE_CHECKING:
     from shadowmmu.kvm.memslots import KvmMemorySlot
@@ -20,18 +20,11 @@ if TYPE_CHECKING:
 __all__ = [
     "drop_parent_pte",
     "drop_spte",
-    "gfn_to_rmap",
     "has_wrprotected_page",
     "kvm_unmap_rmapp",
     "rmap_add",
     "rmap_write_protect",
 ]
-
-
-def gfn_to_rmap(kvm: Kvm, gfn: int, level: int) -> PteList:
-    """The reverse map of the page of `level` that holds `gfn`; empty without a slot."""
-    slot = kvm.gfn_to_memslot(gfn)
-    return 0 if slot is None else slot.rmap[level].get(gfn >> (9 * (level - 1)), 0)
 
 
 def rmap_add(slot: KvmMemorySlot, gfn: int, level: int, sptep: int) -> int:
@@ -125,8 +118,3 @@ def has_wrprotected_page(kvm: Kvm, gfn: int, level: int) -> bool:
     """Whether the block of `level` (2 or 3) around `gfn` may not be one large page: it has shadowed tables in it."""
     slot = kvm.gfn_to_memslot(gfn)
     return slot is None or slot.write_count[level].get(gfn >> (9 * (level - 1)), 0) > 0
-
-
-def is_table_entry(spte: int, level: int) -> bool:
-    """Whether a present entry leads to a table rather than mapping memory."""
-    return level > 1 and not spte & PT_PAGE_SIZE_MASK

@@ -11,11 +11,9 @@ from typing import Final
 import msgspec
 
 from shadowmmu.cpu.x86 import (
-    PT64_BASE_ADDR_MASK,
     PT64_NX_MASK,
     PT_ACCESSED_MASK,
     PT_DIRTY_MASK,
-    PT_PAGE_SIZE_MASK,
     PT_PRESENT_MASK,
     PT_USER_MASK,
     PT_WRITABLE_MASK,
@@ -25,11 +23,7 @@ __all__ = [
     "PT64_PERM_MASK",
     "SPTE_HOST_WRITEABLE",
     "SpteFormat",
-    "is_large_pte",
-    "is_last_spte",
-    "is_writable_pte",
     "shadow_format",
-    "spte_to_pfn",
 ]
 
 SPTE_HOST_WRITEABLE: Final = 1 << 9
@@ -94,23 +88,3 @@ def shadow_format(host_phys_bits: int) -> SpteFormat:
         link_bits=link,
         direct_link_bits=link,
     )
-
-
-def is_large_pte(spte: int) -> bool:
-    """Bit 7, whatever the level (is_large_pte)."""
-    return spte & PT_PAGE_SIZE_MASK != 0
-
-
-def is_writable_pte(spte: int) -> bool:
-    """Bit 1 (is_writable_pte)."""
-    return spte & PT_WRITABLE_MASK != 0
-
-
-def is_last_spte(spte: int, level: int) -> bool:
-    """Whether a walk ends at this entry: always at level 1, above if it is large (is_last_spte, on the raw value)."""
-    return level == 1 or spte & PT_PAGE_SIZE_MASK != 0
-
-
-def spte_to_pfn(spte: int) -> int:
-    """The host frame, or for a link the frame of the table."""
-    return (spte & PT64_BASE_ADDR_MASK) >> 12

@@ -158,12 +158,6 @@ class Kvm:
         """The slot with that number."""
         return next((slot for slot in self.memslots if slot.id == slot_id), None)
 
-    def mark_page_dirty(self, gfn: int) -> None:
-        """Note in the dirty log, if the slot has one, that a guest frame was written (mark_page_dirty)."""
-        slot = self.gfn_to_memslot(gfn)
-        if slot is not None and slot.dirty_bitmap is not None:
-            slot.dirty_bitmap.add(gfn)
-
     def child(self, spte: int) -> ShadowPage:
         """The shadow page that a table entry leads to."""
         return self.page_header[spte & PT64_BASE_ADDR_MASK]

@@ -64,6 +64,7 @@ class _Stop(enum.Enum):
     LOCK = enum.auto()
     KICK = enum.auto()
     PARKED = enum.auto()
+    BUSY = enum.auto()
 
 
 class _Task:
@@ -135,6 +136,7 @@ class Machine:
         self._parked: list[_Task] = []
         self._lock_waiters: list[_Task] = []
         self._kick_waiters: list[_Task] = []
+        self._busy_waiters: list[_Task] = []
         self._lock_owner: _Task | None = None
         self._park_rate = config.park_rate
         self._paced: deque[HostAsked] = deque()
@@ -218,7 +220,13 @@ class Machine:
         return bool(lane.queue) or any(task.lane is lane for task in self._all_tasks())
 
     def _all_tasks(self) -> list[_Task]:
-        return [*self._ready, *self._parked, *self._lock_waiters, *self._kick_waiters]
+        return [
+            *self._ready,
+            *self._parked,
+            *self._lock_waiters,
+            *self._kick_waiters,
+            *self._busy_waiters,
+        ]
 
     def _end_incarnation(self, lane: VcpuLane, code: ErrorCode, text: str = "") -> None:
         incarnation = lane.incarnation
@@ -295,7 +303,7 @@ class Machine:
 
     def _resume(self, task: _Task) -> None:
         match task.stop:
-            case _Stop.READY | _Stop.PARKED | _Stop.KICK:
+            case _Stop.READY | _Stop.PARKED | _Stop.KICK | _Stop.BUSY:
                 (self._parked if task in self._parked else self._ready).remove(task)
             case _Stop.LOCK:
                 self._lock_waiters.remove(task)
@@ -312,8 +320,11 @@ class Machine:
 
     def _advance(self, task: _Task) -> None:
         """Runs an operation to the next place where it stops, or to its end."""
+        was_busy = task.stop is _Stop.BUSY
         self._resume(task)
         self.coverage.operation_advanced(task.vcpu)
+        if not was_busy:
+            self._wake_busy_waiters()
         answer, task.answer = task.answer, None
         send = task.operation.send
         while True:
@@ -337,6 +348,11 @@ class Machine:
             elif self._reached(task, effect):
                 return
 
+    def _wake_busy_waiters(self) -> None:
+        """Whoever waits for another operation looks again: one has advanced that was not waiting itself."""
+        self._ready += self._busy_waiters
+        self._busy_waiters.clear()
+
     def _acquire(self, task: _Task) -> bool:
         self.coverage.reached[WaitPoint.MMU_LOCK] += 1
         if self._lock_owner is None and not self.choices.chance(self._rate(WaitPoint.MMU_LOCK)):
@@ -351,6 +367,9 @@ class Machine:
     def _reached(self, task: _Task, point: Point) -> bool:
         """True if the operation is parked at the point."""
         self.coverage.reached[point] += 1
+        if point is Point.HOST_PAGE_BUSY:
+            self._stop(task, point, _Stop.BUSY, self._busy_waiters)
+            return True
         if not self.choices.chance(self._rate(point)):
             return False
         self.coverage.parked[point] += 1
@@ -472,6 +491,7 @@ class Machine:
     # --- ends of operations --------------------------------------------------------------------------------------
 
     def _finish(self, task: _Task, value: VcpuRun | HostResult) -> None:
+        self._wake_busy_waiters()
         self.events.emit(ev.OperationEnded(task.number))
         match value:
             case VcpuRun():

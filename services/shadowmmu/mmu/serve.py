@@ -67,8 +67,13 @@ async def _endpoint(options: MmuOptions) -> AsyncIterator[tuple[str, Callable[[M
     def on_peer_lost(address: bytes, reason: ErrorCode, undelivered: int) -> None:
         served[0].on_peer_lost(address, reason, undelivered)
 
+    def on_batch() -> None:
+        if served:
+            served[0].on_batch()
+
     endpoint = Endpoint.router(
         on_message,
+        on_batch=on_batch,
         on_peer_lost=on_peer_lost,
         hard_limit=TO_MMU.hard_limit,
     )

@@ -270,7 +270,14 @@ class MmuService:
             self._turn_due = True
             asyncio.get_running_loop().call_soon(self._turn)
 
+    def on_batch(self) -> None:
+        """The endpoint has handed over what came: takes the turn at once, so that answers leave with this batch."""
+        if self._turn_due:
+            self._turn()
+
     def _turn(self) -> None:
+        if not self._turn_due:
+            return  # taken already, with the batch
         self._turn_due = False
         try:
             more = not self._blocked and self._step()

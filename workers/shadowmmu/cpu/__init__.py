@@ -5,7 +5,7 @@ In the order in which one meets them: `boot_image` is what guest memory and the 
 that the processor does in the tables, wherever these are. Randomness comes from the run's seed alone.
 """
 
-from shadowmmu.cpu.guest import BootImage, boot_image, contested_frames, huge_base, make_program
+from shadowmmu.cpu.guest import BootImage, Layout, boot_image, huge_base, make_program
 from shadowmmu.cpu.program import Program
 from shadowmmu.cpu.tlb import Tag, Tlb, TlbEntry, needed_rights
 from shadowmmu.cpu.vcpu_core import VcpuCore, instruction_share
@@ -15,7 +15,7 @@ __all__ = [
     "boot_image",
     "BootImage",
     "make_program",
-    "contested_frames",
+    "Layout",
     "huge_base",
     "Program",
     "VcpuCore",

@@ -82,9 +82,3 @@ CR0_AT_RESET: Final = X86_CR0_CD | X86_CR0_NW | X86_CR0_ET
 def pt64_index(address: int, level: int) -> int:
     """The index of `address` in a table of 512 entries at `level` (1 to 4)."""
     return (address >> (PAGE_SHIFT + PT64_LEVEL_BITS * (level - 1))) & PT64_INDEX_MASK
-
-
-def is_canonical(address: int) -> bool:
-    """Whether bits 47 to 63 of a 64-bit linear address are all equal."""
-    top = address >> 47
-    return top in (0, 0x1FFFF)

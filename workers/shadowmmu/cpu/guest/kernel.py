@@ -15,7 +15,7 @@ from shadowmmu.cpu.guest.faults import handle_page_fault
 from shadowmmu.cpu.guest.layout import Layout
 from shadowmmu.cpu.guest.memory import Arena, Memory, initial_memory
 from shadowmmu.cpu.guest.prng import Prng
-from shadowmmu.cpu.guest.shootdown import SHOOTDOWN_VECTOR, serve_shootdowns
+from shadowmmu.cpu.guest.shootdown import SHOOTDOWN_VECTOR, serve_requests
 from shadowmmu.cpu.guest.steps import STEPS, Item, Step, call, step
 from shadowmmu.cpu.guest.touching import Hot
 from shadowmmu.cpu.guest.workloads import episode
@@ -104,7 +104,7 @@ class Kernel:
     def interrupt(self, vector: int) -> None:
         self.woken = True
         if vector == SHOOTDOWN_VECTOR:
-            self.push(call(serve_shootdowns), call(restore_value, self.value))
+            self.push(call(serve_requests), call(restore_value, self.value))
 
     def page_fault(self, error_code: int, cr2: int) -> None:
         self.count("page_faults")

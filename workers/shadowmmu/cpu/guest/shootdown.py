@@ -5,6 +5,9 @@ space, (3) writes what is to be invalidated to its mail word, sets its bit in ea
 operation and sends them an interrupt, and (4) waits until all have added 1 to its acknowledgements. The target's
 handler takes the pending bits, invalidates, acknowledges, and wakes the asker if it was the last.
 
+The same mail serves one more request: to write to a page, as a kernel does in an interrupt handler that copies data
+to users. Sloppy programs use it to make sure that others have a translation in their TLBs.
+
 No deadlock: a waiting vCPU serves the requests of others, an asker has one request at a time, and the wait cannot
 miss its wake-up: HLT is not executed if an interrupt came since the acknowledgements were last read (as STI; HLT does).
 
@@ -18,8 +21,8 @@ from typing import TYPE_CHECKING, Final
 
 from shadowmmu.cpu import x86
 from shadowmmu.cpu.guest.memory import Arena
-from shadowmmu.cpu.guest.steps import Item, call, step, stores
-from shadowmmu.cpu.program import Halt, Invlpg, LockedAccess, SendIpi, UsedLoad, WriteRegister
+from shadowmmu.cpu.guest.steps import USER_WRITE, Item, call, step, stores
+from shadowmmu.cpu.program import Halt, Invlpg, LockedAccess, SendIpi, Touches, UsedLoad, WriteRegister
 from shadowmmu.protocol.messages import ControlRegister, LockedOp
 
 if TYPE_CHECKING:
@@ -29,9 +32,10 @@ __all__ = [
     "EVERYTHING",
     "SHOOTDOWN_VECTOR",
     "WAKE_VECTOR",
+    "ask_to_touch",
     "invalidate",
     "invalidate_own",
-    "serve_shootdowns",
+    "serve_requests",
     "switch_to",
 ]
 
@@ -40,7 +44,10 @@ SHOOTDOWN_VECTOR: Final = 0xFD
 WAKE_VECTOR: Final = 0xFC
 """All have done what the receiver asked for."""
 EVERYTHING: Final = 0
-"""Instead of a gva: the whole address space. (Page 0 is never mapped alone.)"""
+"""Instead of a gva: the whole address space. (So a request for page 0 empties the TLB, too.)"""
+TOUCH: Final = 1 << 15
+"""In a mail word: the pages are not to be invalidated but written to."""
+TOUCHED_PAGES: Final = 4
 
 MAX_INVLPG: Final = 3
 """More pages than this are invalidated by writing CR3."""
@@ -48,7 +55,7 @@ _U64: Final = (1 << 64) - 1
 
 
 def _mail(space: int, gva: int, targets: int) -> int:
-    """A mail word: which page, how many are asked, which address space."""
+    """A mail word: which page, how many are asked, which address space (and perhaps TOUCH)."""
     return (gva >> x86.PAGE_SHIFT) << 24 | targets << 16 | space
 
 
@@ -67,29 +74,39 @@ def invalidate(kernel: Kernel, arena: Arena, pages: list[int]) -> list[Item]:
     gvas = [EVERYTHING] if named_twice or not pages else [arena.gva(page) for page in pages]
     items = invalidate_own(kernel, arena.space, gvas)
     if kernel.layout.is_shared(arena.space) and kernel.vcpus > 1:
-        items.append(call(shoot, arena.space, gvas[0] if len(gvas) == 1 else EVERYTHING))
+        items.append(call(ask, arena.space, gvas[0] if len(gvas) == 1 else EVERYTHING))
     return items
+
+
+def ask_to_touch(kernel: Kernel, arena: Arena, page: int) -> list[Item]:
+    """All others that run the arena's address space write to `page` and the next few, as their TLBs have them."""
+    if not kernel.layout.is_shared(arena.space) or kernel.vcpus == 1:
+        return []
+    return [call(ask, arena.space | TOUCH, arena.gva(page))]
 
 
 # --- the asker's side ---------------------------------------------------------------------------------------------
 
 
 @step
-def shoot(kernel: Kernel, space: int, gva: int) -> None:
-    """Asks all that run the shared address space to invalidate a page, or EVERYTHING, and waits for them."""
-    kernel.push(UsedLoad(kernel.layout.mask_word(space)), call(shoot_those, space, gva))
+def ask(kernel: Kernel, what: int, gva: int) -> None:
+    """Asks all that run a shared address space to invalidate (or touch) a page, or EVERYTHING, and waits for them.
+
+    `what`: the address space, perhaps with TOUCH.
+    """
+    kernel.push(UsedLoad(kernel.layout.mask_word(what & ~TOUCH)), call(ask_those, what, gva))
 
 
 @step
-def shoot_those(kernel: Kernel, space: int, gva: int) -> None:
+def ask_those(kernel: Kernel, what: int, gva: int) -> None:
     """The same with the mask loaded."""
     me, layout = kernel.vcpu, kernel.layout
     targets = [vcpu for vcpu in range(kernel.vcpus) if vcpu != me and kernel.value >> vcpu & 1]
     if not targets:
         return
-    kernel.count("shootdowns")
+    kernel.count("touches_asked" if what & TOUCH else "shootdowns")
     kernel.push(
-        stores([(layout.acks_word(me), 0), (layout.mail_word(me), _mail(space, gva, len(targets)))]),
+        stores([(layout.acks_word(me), 0), (layout.mail_word(me), _mail(what, gva, len(targets)))]),
         *(LockedAccess(layout.pending_word(target), LockedOp.XADD, 1 << me) for target in targets),
         SendIpi(targets, SHOOTDOWN_VECTOR),
         call(await_acks, len(targets)),
@@ -114,7 +131,7 @@ def check_acks(kernel: Kernel, targets: int) -> None:
 
 
 @step
-def serve_shootdowns(kernel: Kernel) -> None:
+def serve_requests(kernel: Kernel) -> None:
     """The handler of SHOOTDOWN_VECTOR."""
     kernel.push(LockedAccess(kernel.layout.pending_word(kernel.vcpu), LockedOp.XCHG, 0), call(serve_askers))
 
@@ -132,13 +149,23 @@ def serve(kernel: Kernel, asker: int) -> None:
     """Does what the mail word says and acknowledges."""
     gva = kernel.value >> 24 << x86.PAGE_SHIFT
     targets = kernel.value >> 16 & 0xFF
-    space = kernel.value & 0xFFFF
-    kernel.count("shootdowns_served")
+    what = kernel.value & 0xFFFF
+    kernel.count("requests_served")
     kernel.push(
-        *invalidate_own(kernel, space, [gva]),
+        *(_touch(kernel, what & ~TOUCH, gva) if what & TOUCH else invalidate_own(kernel, what, [gva])),
         LockedAccess(kernel.layout.acks_word(asker), LockedOp.XADD, 1),
         call(wake_if_last, asker, targets),
     )
+
+
+def _touch(kernel: Kernel, space: int, gva: int) -> list[Item]:
+    """Writes to the pages, if the address space is the current one."""
+    if space != kernel.space:
+        return []
+    offset = 8 * kernel.prng.below(500)
+    value = kernel.prng.bits() & ~1
+    pages = range(gva, gva + (TOUCHED_PAGES << x86.PAGE_SHIFT), x86.PAGE_SIZE)
+    return [Touches([(USER_WRITE, page + offset, 8, value) for page in pages])]
 
 
 @step

@@ -48,7 +48,7 @@ _CHURN: Final[tuple[tuple[int, Episode], ...]] = (
 
 _SLOPPY: Final[tuple[tuple[int, Episode], ...]] = (
     (8, sloppy.table_in_view),
-    (2, sloppy.late_invalidation),
+    (5, sloppy.late_invalidation),
     (2, sloppy.move_without_invalidation),
     (2, sloppy.table_becomes_data),
     (1, sloppy.late_second_directory),
@@ -69,11 +69,11 @@ RECIPES: Final[Mapping[Workload, Recipe]] = {
     Workload.HUGE: Recipe(
         ((3, huge.map_huge), (4, huge.split_and_collapse), (1, huge.unmap_huge), (1, anon.grow)), 800
     ),
-    Workload.SLOPPY: Recipe(_SLOPPY, 400),
+    Workload.SLOPPY: Recipe(_SLOPPY, 200),
     Workload.MIXED: Recipe(
         (
             *_CHURN,
-            *_SLOPPY,
+            *((3 * weight, chosen) for weight, chosen in _SLOPPY),
             (8, anon.grow),
             (3, fork.fork),
             (3, mprotect.read_only),
@@ -90,7 +90,7 @@ RECIPES: Final[Mapping[Workload, Recipe]] = {
             (2, registers.write_protect_off),
             (1, registers.syscall_enable),
         ),
-        1000,
+        400,
     ),
 }
 

@@ -33,7 +33,7 @@ from shadowmmu.cpu.guest.paging import (
     unalias_table,
     write_entries,
 )
-from shadowmmu.cpu.guest.shootdown import invalidate
+from shadowmmu.cpu.guest.shootdown import ask_to_touch, invalidate
 from shadowmmu.cpu.guest.steps import WRITE, Item, call, step
 from shadowmmu.cpu.guest.touching import choose_hot, compute, touch_pages
 from shadowmmu.cpu.guest.workloads.anon import some_mapped, some_unmapped
@@ -169,9 +169,11 @@ def table_in_view(kernel: Kernel) -> list[Item]:
             after = [call(unalias_table, number, alias)]
     return [
         fill,
+        *ask_to_touch(kernel, arena, 0),
         *before,
         call(link_view, number, page, index),
         uses,
+        *ask_to_touch(kernel, arena, 0),
         call(compute, 256),
         Invlpg(arena.gva(seen[0])),
         touch_pages(kernel, arena, seen),
@@ -211,9 +213,11 @@ def late_invalidation(kernel: Kernel) -> list[Item]:
     return [
         touch_pages(kernel, arena, rest, write=False),
         call(alias_table, number, 0, alias, TABLE),
+        *ask_to_touch(kernel, arena, 0),
         call(change_quietly, number, P, 0, *pages),
         touch_pages(kernel, arena, [alias << 9 | page for page in rest], write=False),
         call(compute, 512),
+        *ask_to_touch(kernel, arena, 0),
         *_finally(kernel, number),
         call(change_quietly, number, 0, P | W, *pages),
         call(unalias_table, number, alias),
