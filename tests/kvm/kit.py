@@ -124,7 +124,9 @@ class World:
     def __init__(self, vcpus: int = 2, profile: str = "linux-3.1", npages: int = 4096, **config: Any) -> None:
         self.events: list[Event] = []
         slots = config.pop("memslots", (MemorySlot(0, 0, npages),))
-        self.kvm = Kvm(KvmConfig(memslots=slots, profile=Profile.parse(profile), **config), self.events.append)
+        self.kvm = Kvm(
+            KvmConfig(memslots=slots, profile=Profile.parse(profile), **config), self.events.append
+        )
         self.vcpus: list[Vcpu] = [self.kvm.create_vcpu() for _ in range(vcpus)]
         self.tlbs: list[dict[int, tuple[int, bool]]] = [{} for _ in range(vcpus)]
         self.lock_owner: object = None

@@ -2,7 +2,17 @@
 
 import pytest
 
-from shadowmmu.kvm import FaultOutcome, Instruction, MmuLock, Outcome, Point, host, kvm_mmu_page_fault, kvm_set_cr3, mmu_audit
+from shadowmmu.kvm import (
+    FaultOutcome,
+    Instruction,
+    MmuLock,
+    Outcome,
+    Point,
+    host,
+    kvm_mmu_page_fault,
+    kvm_set_cr3,
+    mmu_audit,
+)
 from shadowmmu.protocol.events import TlbsDirtyCleared, TlbsDirtyRaised
 from tests.kvm.kit import PAGE, READ, TABLE, WRITE, World, frame_address, gva, identity_map
 
@@ -104,7 +114,7 @@ def test_a10_fixed() -> None:
     assert not world.try_store(one, X + 5 * 8, entry(P2))
 
 
-@pytest.mark.parametrize(("profile", "stale"), [("linux-3.1", True), ("linux-3.1+link-before-sync", False)])
+@pytest.mark.parametrize("profile, stale", [("linux-3.1", True), ("linux-3.1+link-before-sync", False)])
 def test_a2_a_page_is_linked_before_what_is_below_it_is_in_sync(profile: str, stale: bool) -> None:
     world = World(2, profile)
     identity_map(world)
@@ -133,7 +143,7 @@ def test_a2_a_page_is_linked_before_what_is_below_it_is_in_sync(profile: str, st
     assert mmu_audit(world.kvm) == []
 
 
-@pytest.mark.parametrize(("profile", "reached"), [("linux-3.1", False), ("linux-3.1-sync-drop-noflush", True)])
+@pytest.mark.parametrize("profile, reached", [("linux-3.1", False), ("linux-3.1-sync-drop-noflush", True)])
 def test_b2_notifiers_flush_what_a_sync_dropped(profile: str, reached: bool) -> None:
     world = world_of(profile)
     zero, one = world.vcpus

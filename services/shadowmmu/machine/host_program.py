@@ -12,6 +12,7 @@ from collections import deque
 from typing import Final
 
 from shadowmmu.cpu.guest import Layout, huge_base
+from shadowmmu.cpu.guest.layout import BLOCK_PAGES
 from shadowmmu.protocol import messages as m
 
 __all__ = ["HostProgram"]
@@ -69,7 +70,7 @@ class HostProgram:
             ends = (partition[:size], partition[-size:], partition[-size:])
             gfn = self._random.choice(self._random.choice(ends))
         else:
-            gfn = self._random.randrange(self._pages)
+            gfn = self._random.randrange(self._huge_base)
         self._recent.append(gfn)
         return gfn
 
@@ -77,9 +78,11 @@ class HostProgram:
         return m.Unmap(self._gfn())
 
     def _unmap_range(self) -> m.HostOperation:
+        blocks = (self._pages - self._huge_base) // BLOCK_PAGES
+        if blocks and self._random.random() < 0.2:
+            return m.UnmapRange(self._huge_base + BLOCK_PAGES * self._random.randrange(blocks), BLOCK_PAGES)
         gfn = self._gfn()
-        end = self._huge_base if gfn < self._huge_base else self._pages
-        return m.UnmapRange(gfn, min(self._random.choice((2, 8, 32)), end - gfn))
+        return m.UnmapRange(gfn, min(self._random.choice((2, 8, 32)), self._huge_base - gfn))
 
     def _reclaim(self) -> m.HostOperation:
         return m.Reclaim(self._gfn())

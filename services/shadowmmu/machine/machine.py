@@ -34,7 +34,7 @@ from shadowmmu.protocol.errors import ErrorCode
 
 __all__ = ["HostDone", "Machine", "Output", "ToVcpu"]
 
-UNCOVERED_PARK_RATE = 0.5
+UNCOVERED_PARK_RATE = 0.9
 """Share of the operations parked at a point at which no other operation, or no store, has fallen yet."""
 AUDIT_SAMPLE_RATE = 0.002
 """Share of the operations after which a sampled audit looks."""
@@ -142,6 +142,7 @@ class Machine:
         self._paced: deque[HostAsked] = deque()
         self._host_interval = round(1000 / config.host_rate) if config.host_rate > 0.0 else 0
         self._host_due = self._host_interval
+        self._lpages_highest = 0
         self._progress = 0  # accesses and exits so far: the measure for paced host operations
         if config.park_rate > 0.0:
             self.kvm.memory_points = frozenset(p for p in Point if p.kind is PointKind.MEMORY)
@@ -250,6 +251,11 @@ class Machine:
         """Some operation is parked."""
         return bool(self._parked)
 
+    @property
+    def parked_uncovered(self) -> bool:
+        """Some operation is parked at a point at which something has yet to fall."""
+        return any(task.point is not None and not self.coverage.covered(task.point) for task in self._parked)
+
     def step(self, *, resume_parked: bool = True) -> bool:
         """Advances one thing; False if nothing is ready (all wait for messages).
 
@@ -294,12 +300,11 @@ class Machine:
         self.events.emit(ev.OperationStarted(task.number, task.vcpu, name))
         self._ready.append(task)
 
-    def _stop(self, task: _Task, point: Point | WaitPoint, stop: _Stop, waiting: list[_Task]) -> None:
+    def _stop(self, task: _Task, point: Point | WaitPoint, stop: _Stop) -> None:
         task.stop = stop
         task.point = point
         task.mark = self.coverage.mark(task.vcpu)
         task.since = self.steps
-        waiting.append(task)
 
     def _resume(self, task: _Task) -> None:
         match task.stop:
@@ -350,8 +355,16 @@ class Machine:
 
     def _wake_busy_waiters(self) -> None:
         """Whoever waits for another operation looks again: one has advanced that was not waiting itself."""
-        self._ready += self._busy_waiters
+        for task in self._busy_waiters:
+            if self._park_rate > 0.0 and not self.coverage.covered(Point.HOST_PAGE_BUSY):
+                self._park(task)
+            else:
+                self._ready.append(task)
         self._busy_waiters.clear()
+
+    def _park(self, task: _Task) -> None:
+        task.wake = self.steps + 1 + self.choices.below(self.config.park_steps + 1)
+        self._parked.append(task)
 
     def _acquire(self, task: _Task) -> bool:
         self.coverage.reached[WaitPoint.MMU_LOCK] += 1
@@ -361,14 +374,16 @@ class Machine:
         if self._lock_owner is not None:
             self.counters["lock.waited"] += 1
         self.coverage.parked[WaitPoint.MMU_LOCK] += 1
-        self._stop(task, WaitPoint.MMU_LOCK, _Stop.LOCK, self._lock_waiters)
+        self._stop(task, WaitPoint.MMU_LOCK, _Stop.LOCK)
+        self._lock_waiters.append(task)
         return False
 
     def _reached(self, task: _Task, point: Point) -> bool:
         """True if the operation is parked at the point."""
         self.coverage.reached[point] += 1
         if point is Point.HOST_PAGE_BUSY:
-            self._stop(task, point, _Stop.BUSY, self._busy_waiters)
+            self._stop(task, point, _Stop.BUSY)
+            self._busy_waiters.append(task)
             return True
         if not self.choices.chance(self._rate(point)):
             return False
@@ -378,8 +393,8 @@ class Machine:
             self._run_lanes()
             self.coverage.resumed(point, task.vcpu, mark)
             return False
-        task.wake = self.steps + 1 + self.choices.below(self.config.park_steps + 1)
-        self._stop(task, point, _Stop.PARKED, self._parked)
+        self._stop(task, point, _Stop.PARKED)
+        self._park(task)
         return True
 
     def _rate(self, point: Point | WaitPoint) -> float:
@@ -411,7 +426,8 @@ class Machine:
             task.kick = set()
             return True
         self.coverage.parked[WaitPoint.KICK] += 1
-        self._stop(task, WaitPoint.KICK, _Stop.KICK, self._kick_waiters)
+        self._stop(task, WaitPoint.KICK, _Stop.KICK)
+        self._kick_waiters.append(task)
         return None
 
     def _send_kick(self, lane: VcpuLane) -> None:
@@ -492,6 +508,7 @@ class Machine:
 
     def _finish(self, task: _Task, value: VcpuRun | HostResult) -> None:
         self._wake_busy_waiters()
+        self._lpages_highest = max(self._lpages_highest, self.kvm.stat.lpages)
         self.events.emit(ev.OperationEnded(task.number))
         match value:
             case VcpuRun():
@@ -579,6 +596,8 @@ class Machine:
         counters = {f"kvm.{name}": value for name, value in stat.counters().items()}
         counters["kvm.mmu_unsync.current"] = counters.pop("kvm.mmu_unsync")
         counters["kvm.mmu_unsync.highest"] = stat.mmu_unsync_highest
+        counters["kvm.lpages.current"] = counters.pop("kvm.lpages")
+        counters["kvm.lpages.highest"] = self._lpages_highest
         counters |= self.counters
         counters |= self.coverage.counters()
         counters["accesses.applied"] = self._progress - sum(

@@ -187,27 +187,41 @@ def host_operation(kvm: Kvm, operation: m.HostOperation) -> Operation[HostResult
             return _nothing(k.set_regs(kvm.vcpus[vcpu], cr0, cr3, cr4, efer))
 
 
+def _small_page_refusal(kvm: Kvm, gfn: int) -> str | None:
+    """The host takes pages of hugetlbfs away by whole blocks only."""
+    slot = kvm.gfn_to_memslot(gfn)
+    if slot is None:
+        return f"gfn {gfn} is in no memory slot"
+    if slot.backing.level > 1:
+        return f"gfn {gfn} is in a huge page ({slot.backing.value}): use unmap_range on whole ones"
+    return None
+
+
+def _range_refusal(kvm: Kvm, gfn: int, npages: int) -> str | None:
+    slot = kvm.gfn_to_memslot(gfn)
+    if slot is None or gfn + npages > slot.end_gfn:
+        return f"gfns {gfn} to {gfn + npages - 1} are not all in one memory slot"
+    if (gfn | npages) & ~slot.host_mask:
+        return f"gfns {gfn} to {gfn + npages - 1} are not whole host pages ({slot.backing.value})"
+    return None
+
+
 def host_operation_refusal(kvm: Kvm, operation: m.HostOperation) -> str | None:
     """Why the operation's arguments are not usable, or None if they are."""
-
-    def in_slot(gfn: int) -> bool:
-        return kvm.gfn_to_memslot(gfn) is not None
-
     match operation:
-        case m.Unmap(gfn) | m.Reclaim(gfn) | m.Move(gfn, _) | m.Age(gfn) | m.TestAge(gfn):
-            return None if in_slot(gfn) else f"gfn {gfn} is in no memory slot"
+        case m.Unmap(gfn) | m.Reclaim(gfn) | m.Move(gfn, _):
+            return _small_page_refusal(kvm, gfn)
         case m.ReclaimIdle(gfns):
-            outside = [gfn for gfn in gfns if not in_slot(gfn)]
-            return f"gfn {outside[0]} is in no memory slot" if outside else None
+            return next(filter(None, (_small_page_refusal(kvm, gfn) for gfn in gfns)), None)
+        case m.Age(gfn) | m.TestAge(gfn):
+            return None if kvm.gfn_to_memslot(gfn) is not None else f"gfn {gfn} is in no memory slot"
         case m.UnmapRange(gfn, npages):
-            slot = kvm.gfn_to_memslot(gfn)
-            inside = slot is not None and gfn + npages <= slot.end_gfn
-            return None if inside else f"gfns {gfn} to {gfn + npages - 1} are not all in one memory slot"
+            return _range_refusal(kvm, gfn, npages)
         case m.SetDirtyLog(slot, _) | m.GetDirtyLog(slot):
             return None if kvm.memslot(slot) is not None else f"there is no memory slot {slot}"
         case m.WritePhys(words):
             for gpa, _ in words:
-                if gpa & 7 or not in_slot(gpa >> 12):
+                if gpa & 7 or kvm.gfn_to_memslot(gpa >> 12) is None:
                     return f"gpa {gpa:#x} is not an aligned word in a memory slot"
             return None
         case m.SetRegisters():

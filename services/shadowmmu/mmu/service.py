@@ -51,6 +51,8 @@ __all__ = ["MmuService"]
 STEPS_PER_TURN: Final = 256
 PATIENT_TURNS: Final = 4
 """Parked operations wait so many turns for messages that are on their way, before they go on early."""
+VERY_PATIENT_TURNS: Final = 100
+"""The same for operations at a point at which nothing has fallen yet."""
 BOOT_TICKET: Final = 0
 
 _NO_SESSION: Final = (State.DETACHED, State.ENDED)
@@ -300,7 +302,8 @@ class MmuService:
 
     def _step(self) -> bool:
         """Makes steps; True if there is more to do. Parked operations go on when no message came for some turns."""
-        patient = self._quiet_turns < PATIENT_TURNS
+        turns = VERY_PATIENT_TURNS if self.runner.machine.parked_uncovered else PATIENT_TURNS
+        patient = self._quiet_turns < turns
         more = self.runner.step(STEPS_PER_TURN, resume_parked=not patient)
         self._quiet_turns += 1
         return more or (patient and self.runner.machine.parked)
