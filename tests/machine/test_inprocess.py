@@ -68,13 +68,33 @@ def test_the_audit_finds_nothing_after_any_operation(vcpus: int) -> None:
     assert run.result.counters["audits"] > 100
 
 
+# Where each defect shows soonest: one run may miss it.
+MUTANTS: dict[m.Mutant, dict[str, Any]] = {
+    m.Mutant.FLUSH_NOT_AWAITED: {},
+    m.Mutant.ENTRY_FLUSH_SKIPPED: {},
+    m.Mutant.ANSWER_BEFORE_LOG: {"host_rate": 20.0, "park_rate": 0.2},
+    m.Mutant.NOTIFIER_IGNORES_TLBS_DIRTY: {
+        "workload": m.Workload.SLOPPY,
+        "host_rate": 30.0,
+        "park_rate": 0.4,
+        "park_steps": 400,
+        "ops": 150_000,
+    },
+}
+
+
 @pytest.mark.parametrize("mutant", m.Mutant)
 def test_each_mutant_is_caught(mutant: m.Mutant) -> None:
-    caught = (
-        Run(config(mutant=mutant, seed=seed, ops=60_000, host_rate=20.0, park_rate=0.2), 4).violation
-        for seed in range(5)
-    )
+    changes = {"ops": 60_000, **MUTANTS[mutant]}
+    caught = (Run(config(mutant=mutant, seed=seed, **changes), 4).violation for seed in range(12))
     assert any(caught)
+
+
+def test_the_bugs_of_linux_3_1_are_found_and_not_in_fixed() -> None:
+    changes = {"workload": m.Workload.SLOPPY, "ops": 100_000}
+    seeds = (seed for seed in range(12) if Run(config(profile="linux-3.1", seed=seed, **changes), 4).violation)
+    seed = next(seeds)
+    assert Run(config(profile="fixed", seed=seed, **changes), 4).violation is None
 
 
 def test_a_journal_of_another_course_is_noticed() -> None:

@@ -45,6 +45,7 @@ def test_a_mixed_run_raises_every_counter_of_the_kernel(tmp_path: Path) -> None:
     status, report = stress(tmp_path, vcpus=4, workload="mixed", ops=200_000, seed=7)
     assert status == PASS, report["text"]
     counters = report["counters"]
+    # lpages and mmu_unsync go up and down: their highest values count.
     raised = {name: counters.get(f"kvm.{name}", counters.get(f"kvm.{name}.highest", 0)) for name in COUNTERS}
     assert [name for name, value in raised.items() if not value] == []
     assert counters["tlbs_dirty.raised"] and counters["tlbs_dirty.cleared"]
@@ -61,15 +62,15 @@ MUTANTS = {
     m.Mutant.FLUSH_NOT_AWAITED: {"workload": "mixed"},
     m.Mutant.ENTRY_FLUSH_SKIPPED: {"workload": "mixed"},
     m.Mutant.ANSWER_BEFORE_LOG: {"workload": "mixed", "host_rate": 30, "park_rate": 0.2},
-    m.Mutant.NOTIFIER_IGNORES_TLBS_DIRTY: {"workload": "sloppy", "host_rate": 50, "park_rate": 0.2},
+    m.Mutant.NOTIFIER_IGNORES_TLBS_DIRTY: {"workload": "sloppy", "host_rate": 30, "park_rate": 0.3},
 }
 
 
 @pytest.mark.parametrize("mutant", m.Mutant)
 def test_each_mutant_ends_a_run_as_violated(tmp_path: Path, mutant: m.Mutant) -> None:
     statuses = []
-    for seed in range(8):
-        status, report = stress(tmp_path / str(seed), vcpus=4, ops=150_000, seed=seed, mutant=mutant.value, **MUTANTS[mutant])
+    for seed in range(12):
+        status, report = stress(tmp_path / str(seed), vcpus=4, ops=200_000, seed=seed, mutant=mutant.value, **MUTANTS[mutant])
         statuses.append(status)
         if status == VIOLATED:
             assert report["violation"]["journal_record"] > 0

@@ -484,7 +484,7 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     mmu_pages: Annotated[int, Meta(ge=64, le=1 << 20)] = 128
     park_rate: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.1
     park_steps: Annotated[int, Meta(ge=1, le=1 << 20)] = 200
-    host_rate: Annotated[float, Meta(ge=0.0, le=1000.0)] = 10.0
+    host_rate: Annotated[float, Meta(ge=0.0, le=1000.0)] = 5.0
     tlb_sets: Annotated[int, Meta(ge=1, le=4096)] = 128
     tlb_ways: Annotated[int, Meta(ge=1, le=64)] = 4
     check: bool = True

@@ -43,7 +43,7 @@ class HostProgram:
             (self._unmap, 30),
             (self._unmap_range, 6),
             (self._reclaim, 25),
-            (self._reclaim_idle, 25),
+            (self._reclaim_idle, 60),
             (self._move, 10),
             (self._age, 10),
             (self._test_age, 4),
