@@ -69,9 +69,7 @@ def _serve(kind: Callable[[Connection, int], object], report: Connection, vcpus:
 
 
 async def _client(address: str, number: int, ready: Connection) -> None:
-    addresses = itertools.cycle(
-        direct(page << 12) for page in range(number, PAGES, STRIDE)
-    )
+    addresses = itertools.cycle(direct(page << 12) for page in range(number, PAGES, STRIDE))
     async with await VcpuClient.connect(address, name=f"bench-{number}", timeout=20.0) as vcpu:
         await vcpu.enter()
         ready.send(None)

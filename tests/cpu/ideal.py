@@ -164,7 +164,6 @@ class IdealMachine:
                 moved = True
                 envelope = vcpu.down.popleft()
                 if vcpu.peer.receive(envelope):
-                    assert not isinstance(envelope.body, m.Message) or True
                     vcpu.core.receive(envelope.body)  # type: ignore[arg-type]
         return moved or any(v.up or v.down or not v.core.waiting or v.core.log_pending for v in self.vcpus)
 
@@ -300,7 +299,9 @@ class IdealMachine:
         frame = result.pfn + ((reason.gva >> 12) & 511 if result.level > 1 else 0)
         gpa = (frame << 12) + (reason.gva & 0xFFF)
         if instruction.op is not None:
-            value = self.locked(gpa, instruction.size, instruction.op, instruction.value, instruction.expected)
+            value = self.locked(
+                gpa, instruction.size, instruction.op, instruction.value, instruction.expected
+            )
         else:
             value = self.apply(number, (flags, reason.gva, frame, instruction.size, instruction.value))
         self.enter(vcpu, completed=m.Completed(value))

@@ -92,7 +92,9 @@ def test_each_mutant_is_caught(mutant: m.Mutant) -> None:
 
 def test_the_bugs_of_linux_3_1_are_found_and_not_in_fixed() -> None:
     changes = {"workload": m.Workload.SLOPPY, "ops": 100_000}
-    seeds = (seed for seed in range(12) if Run(config(profile="linux-3.1", seed=seed, **changes), 4).violation)
+    seeds = (
+        seed for seed in range(12) if Run(config(profile="linux-3.1", seed=seed, **changes), 4).violation
+    )
     seed = next(seeds)
     assert Run(config(profile="fixed", seed=seed, **changes), 4).violation is None
 

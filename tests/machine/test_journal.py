@@ -62,7 +62,7 @@ def test_what_was_written_is_read(items: list[Record]) -> None:
 
 @given(st.integers(0, 200))
 def test_a_journal_cut_short_gives_its_whole_records(cut: int) -> None:
-    items = [HEADER, Steps(3, [1, 2]), Attached(0, 1)]
+    items: list[Record] = [HEADER, Steps(3, [1, 2]), Attached(0, 1)]
     data = journal_of(*items)
     sizes = [len(journal_of(*items[:count])) for count in range(len(items) + 1)]
     kept = data[: min(cut, len(data))]

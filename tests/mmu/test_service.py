@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import zmq
 
 from shadowmmu.client import RequestRefused, SessionEnded, VcpuClient, probe
 from shadowmmu.cpu.guest.layout import direct
-from shadowmmu.machine import read_journal, replay_records
+from shadowmmu.machine import replay
 from shadowmmu.protocol import VERSION_FRAME
 from shadowmmu.protocol import messages as m
 from shadowmmu.protocol.events import AccessFlag
@@ -180,8 +179,7 @@ async def test_draining_ends_every_session_and_the_journal_replays(served: Serve
     await host.close()
     with pytest.raises(RequestRefused, match="being ended"):
         await served.vcpu()
-    with Path(served.path).open("rb") as journal:
-        replayed = replay_records(read_journal(journal), None)
+    replayed = replay(served.path.parent, None)
     assert replayed.digest == replayed.recorded_digest == digest
 
 

@@ -21,7 +21,9 @@ PASS, VIOLATED, UNKNOWN = 0, 1, 2
 
 def stress(directory: Path, **options: object) -> tuple[int, dict[str, Any]]:
     """Runs `shadowmmu stress` to its end; its exit status and its report."""
-    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
+    arguments = [
+        f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None
+    ]
     done = subprocess.run(
         [*COMMAND, "stress", f"--out={directory}", *arguments], capture_output=True, timeout=280, check=False
     )
@@ -30,7 +32,9 @@ def stress(directory: Path, **options: object) -> tuple[int, dict[str, Any]]:
 
 
 def replay(directory: Path) -> int:
-    return subprocess.run([*COMMAND, "replay", str(directory)], capture_output=True, timeout=280, check=False).returncode
+    return subprocess.run(
+        [*COMMAND, "replay", str(directory)], capture_output=True, timeout=280, check=False
+    ).returncode
 
 
 @pytest.mark.parametrize("vcpus, workload", [(1, "anon"), (2, "fork"), (8, "mixed"), (4, "sloppy")])
@@ -58,7 +62,7 @@ def test_audits_after_every_operation_find_nothing(tmp_path: Path) -> None:
 
 
 # Where each defect shows soonest. One run may miss it: what matters is that it is found at all.
-MUTANTS = {
+MUTANTS: dict[m.Mutant, dict[str, object]] = {
     m.Mutant.FLUSH_NOT_AWAITED: {"workload": "mixed"},
     m.Mutant.ENTRY_FLUSH_SKIPPED: {"workload": "mixed"},
     m.Mutant.ANSWER_BEFORE_LOG: {"workload": "mixed", "host_rate": 30, "park_rate": 0.2},
@@ -70,7 +74,9 @@ MUTANTS = {
 def test_each_mutant_ends_a_run_as_violated(tmp_path: Path, mutant: m.Mutant) -> None:
     statuses = []
     for seed in range(12):
-        status, report = stress(tmp_path / str(seed), vcpus=4, ops=200_000, seed=seed, mutant=mutant.value, **MUTANTS[mutant])
+        status, report = stress(
+            tmp_path / str(seed), vcpus=4, ops=200_000, seed=seed, mutant=mutant.value, **MUTANTS[mutant]
+        )
         statuses.append(status)
         if status == VIOLATED:
             assert report["violation"]["journal_record"] > 0

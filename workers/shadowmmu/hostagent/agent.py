@@ -8,8 +8,8 @@ import platform
 
 import msgspec
 
-from shadowmmu.hostagent.connection import AgentConnection
 from shadowmmu.client.life import LifeOptions, take_part
+from shadowmmu.hostagent.connection import AgentConnection
 from shadowmmu.hostagent.requests import HostRequests, Operations
 from shadowmmu.machine.host_program import HostProgram
 from shadowmmu.protocol.messages import Joined, Role

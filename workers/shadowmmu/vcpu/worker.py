@@ -8,11 +8,11 @@ import platform
 
 import msgspec
 
+from shadowmmu.client.life import LifeOptions, take_part
 from shadowmmu.cpu import VcpuCore, make_program
 from shadowmmu.protocol.messages import Joined, Role
 from shadowmmu.vcpu.connection import VcpuConnection
 from shadowmmu.vcpu.driver import VcpuDriver
-from shadowmmu.client.life import LifeOptions, take_part
 
 __all__ = ["WorkerOptions", "run_worker"]
 
