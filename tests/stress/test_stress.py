@@ -53,6 +53,11 @@ def test_a_mixed_run_raises_every_counter_of_the_kernel(tmp_path: Path) -> None:
     raised = {name: counters.get(f"kvm.{name}", counters.get(f"kvm.{name}.highest", 0)) for name in COUNTERS}
     assert [name for name, value in raised.items() if not value] == []
     assert counters["tlbs_dirty.raised"] and counters["tlbs_dirty.cleared"]
+    reached = [
+        point for point in report["coverage"]["points"] if point["kind"] == "scheduling" and point["reached"]
+    ]
+    assert len(reached) > 20
+    assert [point["name"] for point in reached if not (point["operations"] and point["stores"])] == []
     assert replay(tmp_path) == 0
 
 

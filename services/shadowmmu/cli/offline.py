@@ -10,6 +10,7 @@ import typer
 
 from shadowmmu.cli.loop import run_loop
 from shadowmmu.protocol.messages import Role
+from shadowmmu.protocol.states import Service
 
 __all__ = ["conform", "health", "profiles", "replay"]
 
@@ -87,7 +88,7 @@ def profiles() -> None:
         title="Fixes: PROFILE+FIX switches one on, PROFILE-FIX off", box=box.SIMPLE_HEAD, title_justify="left"
     )
     for column in ("fix", "bug", "bug alive", *BASE_PROFILES, "what it does"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column == "fix")
     for slug, fix in FIXES.items():
         switches = ("on" if slug in on else "off" for on in BASE_PROFILES.values())
         table.add_row(slug, fix.bug, fix.years, *switches, fix.description)
@@ -97,30 +98,34 @@ def profiles() -> None:
 
 def health(
     connect: Annotated[str, typer.Option("--connect", help="A service's address.", metavar="ADDR")],
+    service: Annotated[
+        Service | None, typer.Option("--service", help="Which service is there. Without: either.")
+    ] = None,
     timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Longest wait, in seconds.")] = 3.0,
 ) -> None:
     """Ask a coordinator or an MMU service whether it is well; exit status 0 if it answers, 2 if not."""
     from shadowmmu.client import ServiceError
 
     try:
-        who = run_loop(_ask(connect, timeout))
+        who = run_loop(_ask(connect, service, timeout))
     except (ServiceError, TimeoutError, OSError) as error:
         typer.echo(f"{connect} does not answer: {error}", err=True)
         raise typer.Exit(UNUSABLE_STATUS) from error
     typer.echo(f"{connect}: {who} answers")
 
 
-async def _ask(address: str, timeout: float) -> str:
+async def _ask(address: str, service: Service | None, timeout: float) -> str:
     from shadowmmu.client import MemberClient, RequestRefused, probe
-    from shadowmmu.protocol import ErrorCode
+    from shadowmmu.protocol.errors import ErrorCode
 
-    try:
-        await probe(address, timeout=timeout)
-    except RequestRefused as error:
-        if error.code != ErrorCode.UNEXPECTED_MESSAGE.value:
-            raise
-    else:
-        return "an MMU service"
+    if service is not Service.COORDINATOR:
+        try:
+            await probe(address, timeout=timeout)
+        except RequestRefused as error:
+            if service is not None or error.code != ErrorCode.UNEXPECTED_MESSAGE.value:
+                raise
+        else:
+            return "an MMU service"
     client = await MemberClient.join(address, Role.PROBE, timeout=timeout)
     await client.close()
     return "a coordinator"

@@ -39,6 +39,13 @@ UNCOVERED_PARK_RATE = 0.9
 AUDIT_SAMPLE_RATE = 0.002
 """Share of the operations after which a sampled audit looks."""
 
+KNOWN_OUTCOMES = (
+    *(f"vcpu.page_fault.{outcome.value}" for outcome in k.Outcome),
+    "vcpu.register_write.done",
+    "vcpu.register_write.general_protection",
+)
+"""Outcomes that a report shows as "never" if they did not occur."""
+
 
 class ToVcpu(msgspec.Struct, frozen=True):
     """A message to the worker of a vCPU."""
@@ -128,6 +135,7 @@ class Machine:
         self.lanes: list[VcpuLane] = []
         self.outputs: list[Output] = []
         self.coverage = Coverage()
+        self.coverage.outcomes.update(dict.fromkeys(KNOWN_OUTCOMES, 0))
         self.counters: Counter[str] = Counter()
         self.lock_wait_steps: Counter[int] = Counter()
         self.steps = 0

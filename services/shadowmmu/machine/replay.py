@@ -40,9 +40,9 @@ JOURNAL_NAME = "journal"
 class ReplayResult(msgspec.Struct, frozen=True):
     """What a replay found.
 
-    `records`: how many were executed. `digest`: of the events they gave. `recorded_digest`: what the journal's end
-    says; None if the run did not end in order, or the replay stopped before. `diverged_at`: the record at which it
-    was seen that the replay differs. `state`: the machine's state, if asked to stop at a record.
+    `records`: the number of the last record executed. `digest`: of the events they gave. `recorded_digest`: what the
+    journal's end says; None if the run did not end in order, or the replay stopped before. `diverged_at`: the record
+    at which it was seen that the replay differs. `state`: the machine's state, if asked to stop at a record.
     """
 
     records: int
