@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shadowmmu.machine import Attached, HostAsked, VcpuSent
+from shadowmmu.machine import Attached, GivenUp, HostAsked, VcpuSent
 from shadowmmu.protocol import messages as m
 from shadowmmu.protocol.events import Accesses, Entered, FlushAnswered, FlushRequested, FrameRevoked
 from tests.machine.guest import FIRST_PFN, WRITE, Driven
@@ -265,12 +265,17 @@ def test_a_memory_point_lets_only_the_hardware_act() -> None:
         (m.Log(1, [(WRITE, 0, 5, 8, 0)]), "host frame 5"),
         (m.Load(1, (0, 0, 1 << 39, 8, 0)), "host frame"),
         (m.Log(1, [(WRITE, 0xFFC, FIRST_PFN, 8, 0)]), "crosses a page"),
+        (m.Load(1, (0, 0, FIRST_PFN, 3, 0)), "not 3"),
+        (m.Exit(1, m.PageFaultExit(0xFFF, 0, m.Instruction(0, 8))), "crosses a page"),
         (m.Walk(1, 1, 0, 0), None),
     ],
 )
 def test_an_access_to_what_is_not_there_is_refused(body: m.VcpuMessage, complaint: str | None) -> None:
     refusal = Driven(1).runner.machine.refusal(body)
-    assert refusal is None if complaint is None else complaint in (refusal or "")
+    if complaint is None:
+        assert refusal is None
+    else:
+        assert refusal is not None and complaint in refusal[1]
 
 
 def test_a_flush_that_is_not_awaited_returns_at_once() -> None:
@@ -313,3 +318,29 @@ def test_an_operation_that_waits_for_another_one_is_not_ready() -> None:
     assert not driven.done
     driven.send(0, m.Exit(driven.entry(0), m.ExternalInterruptExit()))
     assert len(driven.done) == 3
+
+
+def test_an_incarnation_enters_when_the_operation_of_the_one_before_has_returned() -> None:
+    driven = Driven(1, park_rate=1.0, park_steps=100)
+    driven.enter(0)
+    fault = m.Exit(1, m.PageFaultExit(7 << 12, 4, m.Instruction(0)))
+    driven.submit(VcpuSent(0, fault))
+    driven.runner.step(5, resume_parked=False)
+    assert driven.runner.machine.operations_under_way()
+    driven.submit(GivenUp(0, "given-up", "silent"))
+    driven.submit(Attached(0, 9))
+    driven.submit(VcpuSent(0, m.Enter()))
+    driven.settle()
+    entered = [body for body in driven.take(0) if isinstance(body, m.Entered)]
+    assert [body.entry for body in entered] == [1]
+    assert driven.map_page(0, 7).pfn == FIRST_PFN + 7
+
+
+def test_registers_are_set_before_the_first_entry_only() -> None:
+    driven = Driven(1)
+    registers = m.SetRegisters(0, 0x80010011, 0, 0x20, 0xD00)
+    assert driven.runner.machine.host_refusal(registers) is None
+    driven.enter(0)
+    assert "entered already" in (driven.runner.machine.host_refusal(registers) or "")
+    driven.give_up(0)
+    assert "entered already" in (driven.runner.machine.host_refusal(registers) or "")

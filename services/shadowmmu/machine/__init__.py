@@ -24,7 +24,6 @@ from shadowmmu.machine.journal import (
     read_journal,
 )
 from shadowmmu.machine.machine import HostDone, Machine, Output, ToVcpu
-from shadowmmu.machine.operations import host_operation_refusal
 from shadowmmu.machine.replay import JOURNAL_NAME, ReplayResult, replay, replay_records
 from shadowmmu.machine.runner import Runner
 
@@ -40,7 +39,6 @@ __all__ = [
     "Output",
     "ToVcpu",
     "HostDone",
-    "host_operation_refusal",
     # Whole runs.
     "run_in_process",
     "InProcessResult",

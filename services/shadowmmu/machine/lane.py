@@ -41,6 +41,9 @@ class VcpuLane:
         self.incarnation = 0  # 0: nobody is attached
         self.entry = 0
         self.halted = False
+        self.task: object | None = None  # the host operation of this vCPU that is under way
+        self.enter_wanted = False  # when that operation, of an incarnation before, has returned
+        self.was_entered = False  # in any incarnation
         self.leaving = False  # detached while an exit was being handled
         self.queue: deque[LaneItem] = deque()
         self.interrupts: set[int] = set()
@@ -56,7 +59,7 @@ class VcpuLane:
         """A worker attached, with an empty TLB."""
         self.incarnation = incarnation
         self.entry = 0
-        self.halted = self.leaving = False
+        self.halted = self.leaving = self.enter_wanted = False
         self.interrupts.clear()
         self._clear()
 

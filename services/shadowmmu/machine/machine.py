@@ -25,7 +25,13 @@ from shadowmmu.machine.coverage import Coverage, WaitPoint
 from shadowmmu.machine.event_stream import EventStream
 from shadowmmu.machine.journal import Attached, GivenUp, HostAsked, Input, VcpuSent
 from shadowmmu.machine.lane import VcpuLane
-from shadowmmu.machine.operations import HostResult, VcpuRun, handle_exit, host_operation
+from shadowmmu.machine.operations import (
+    HostResult,
+    VcpuRun,
+    handle_exit,
+    host_operation,
+    host_operation_refusal,
+)
 from shadowmmu.machine.shadow_tables import ShadowTables
 from shadowmmu.machine.vm_config import kvm_config
 from shadowmmu.protocol import events as ev
@@ -39,6 +45,7 @@ UNCOVERED_PARK_RATE = 0.9
 AUDIT_SAMPLE_RATE = 0.002
 """Share of the operations after which a sampled audit looks."""
 
+ACCESS_SIZES = (1, 2, 4, 8)
 KNOWN_OUTCOMES = (
     *(f"vcpu.page_fault.{outcome.value}" for outcome in k.Outcome),
     "vcpu.register_write.done",
@@ -79,6 +86,7 @@ class _Task:
 
     __slots__ = (
         "answer",
+        "incarnation",
         "kick",
         "lane",
         "mark",
@@ -104,6 +112,7 @@ class _Task:
         self.name = name
         self.operation = operation
         self.lane = lane
+        self.incarnation = 0 if lane is None else lane.incarnation
         self.ticket = ticket
         self.stop = _Stop.READY
         self.answer: bool | None = None
@@ -116,6 +125,14 @@ class _Task:
     @property
     def vcpu(self) -> int:
         return -1 if self.lane is None else self.lane.number
+
+
+def _shape_refusal(gva: int, size: int) -> tuple[ErrorCode, str] | None:
+    if size not in ACCESS_SIZES:
+        return ErrorCode.MALFORMED, f"an access has 1, 2, 4 or 8 bytes, not {size}"
+    if (gva & 0xFFF) + size > 0x1000:
+        return ErrorCode.MALFORMED, f"an access of {size} bytes at {gva:#x} crosses a page"
+    return None
 
 
 class Machine:
@@ -171,6 +188,8 @@ class Machine:
         match item:
             case VcpuSent():
                 self._vcpu_sent(self.lanes[item.vcpu], item.body)
+            case HostAsked(operation=m.SetRegisters()):
+                self._set_registers(item)
             case HostAsked():
                 self._paced.append(item)
                 if not item.paced:
@@ -192,29 +211,49 @@ class Machine:
             self._start(f"host.{name}", host_operation(self.kvm, item.operation), None, item.ticket)
         self._host_due = self._progress + self._host_interval
 
-    def refusal(self, body: object) -> str | None:
-        """Why a vCPU's message names something that is not there, or None. Changes nothing."""
+    def _set_registers(self, item: HostAsked) -> None:
+        """At once: nobody else is concerned with a vCPU that was never entered."""
+        for effect in host_operation(self.kvm, item.operation):
+            assert isinstance(effect, Point), effect
+        self.outputs.append(HostDone(item.ticket, 0, []))
+
+    def refusal(self, body: object) -> tuple[ErrorCode, str] | None:
+        """Why a vCPU's message makes no sense for this machine, or None. Changes nothing."""
         match body:
             case m.Log():
                 accesses = body.accesses
             case m.Load() | m.Locked():
                 accesses = [body.access]
+            case m.Exit(_, m.PageFaultExit(gva, _, instruction)):
+                return _shape_refusal(gva, instruction.size)
             case _:
                 return None
         gfn_of = self.host.gfn_of
         for _, gva, pfn, size, _ in accesses:
             if gfn_of(pfn) is None:
-                return f"host frame {pfn} never backed guest memory"
-            if (gva & 0xFFF) + size > 0x1000:
-                return f"access of {size} bytes at {gva:#x} crosses a page"
+                return ErrorCode.UNKNOWN_FRAME, f"host frame {pfn} never backed guest memory"
+            if size not in ACCESS_SIZES or (gva & 0xFFF) + size > 0x1000:
+                return _shape_refusal(gva, size)
         return None
+
+    def host_refusal(self, operation: m.HostOperation) -> str | None:
+        """Why the arguments of a host operation are not usable, or None. Changes nothing."""
+        text = host_operation_refusal(self.kvm, operation)
+        if text is None and isinstance(operation, m.SetRegisters):
+            lane = self.lanes[operation.vcpu]
+            if lane.task is not None or lane.was_entered:
+                return f"vCPU {operation.vcpu} was entered already: registers are set before that"
+        return text
 
     def _vcpu_sent(self, lane: VcpuLane, body: m.Message) -> None:
         if not lane.incarnation:
             return  # sent before the worker knew that it was given up
         match body:
             case m.Enter():
-                self._start("vcpu.enter", handle_exit(lane.vcpu, None), lane)
+                if lane.task is None:
+                    self._start("vcpu.enter", handle_exit(lane.vcpu, None), lane)
+                else:
+                    lane.enter_wanted = True  # an operation of the incarnation before has yet to return
             case m.Detach():
                 if self._busy(lane):
                     lane.leaving = True
@@ -226,7 +265,7 @@ class Machine:
                 raise TypeError(f"not a vCPU's message for the machine: {body!r}")
 
     def _busy(self, lane: VcpuLane) -> bool:
-        return bool(lane.queue) or any(task.lane is lane for task in self._all_tasks())
+        return bool(lane.queue) or lane.task is not None
 
     def _all_tasks(self) -> list[_Task]:
         return [
@@ -305,6 +344,8 @@ class Machine:
     ) -> None:
         self._tasks += 1
         task = _Task(self._tasks, name, operation, lane, ticket)
+        if lane is not None:
+            lane.task = task
         self.events.emit(ev.OperationStarted(task.number, task.vcpu, name))
         self._ready.append(task)
 
@@ -522,7 +563,11 @@ class Machine:
             case VcpuRun():
                 assert task.lane is not None
                 self.coverage.outcomes[f"{task.name}.{value.outcome}"] += 1
-                self._enter(task.lane, value)
+                task.lane.task = None
+                if task.incarnation == task.lane.incarnation:
+                    self._enter(task.lane, value)
+                else:
+                    self._nobody_to_enter(task.lane)
             case HostResult():
                 self.coverage.outcomes[f"{task.name}.done"] += 1
                 self.outputs.append(HostDone(task.ticket, value.result, value.gfns))
@@ -531,11 +576,15 @@ class Machine:
         ):
             self.audit()
 
+    def _nobody_to_enter(self, lane: VcpuLane) -> None:
+        """The operation was of an incarnation that has ended."""
+        lane.vcpu.mode = VcpuMode.OUTSIDE_GUEST_MODE
+        if lane.enter_wanted:
+            lane.enter_wanted = False
+            self._start("vcpu.enter", handle_exit(lane.vcpu, None), lane)
+
     def _enter(self, lane: VcpuLane, run: VcpuRun) -> None:
         assert run.entry is not None
-        if not lane.incarnation:
-            lane.vcpu.mode = VcpuMode.OUTSIDE_GUEST_MODE
-            return
         if run.entry.status is k.EntryStatus.SHUTDOWN:
             self._end_incarnation(
                 lane, ErrorCode.SHUTDOWN, "triple fault: the guest's root table is in no memory slot"
@@ -545,6 +594,7 @@ class Machine:
             self._end_incarnation(lane, ErrorCode.DETACHED)
             return
         lane.entry += 1
+        lane.was_entered = True
         flush = run.entry.hw_flushes > 0 or run.entry.root_loaded
         emit = self.events.emit
         if run.inject is not None:

@@ -28,7 +28,6 @@ from shadowmmu.machine import (
     ToVcpu,
     VcpuSent,
     boot_inputs,
-    host_operation_refusal,
 )
 from shadowmmu.machine.event_stream import EventListener
 from shadowmmu.mmu.journal_file import JournalFile
@@ -172,11 +171,10 @@ class MmuService:
             self._act(peer, envelope)
 
     def _check_contents(self, envelope: Envelope) -> None:
-        text = self.runner.machine.refusal(envelope.body)
-        if text is not None:
-            raise RemoteProtocolError(
-                ErrorCode.UNKNOWN_FRAME, text, incarnation=envelope.incarnation, seq=envelope.seq
-            )
+        refusal = self.runner.machine.refusal(envelope.body)
+        if refusal is not None:
+            code, text = refusal
+            raise RemoteProtocolError(code, text, incarnation=envelope.incarnation, seq=envelope.seq)
         if self._draining:
             raise RemoteProtocolError(
                 ErrorCode.DRAINING,
@@ -230,7 +228,7 @@ class MmuService:
         self.runner.submit(VcpuSent(peer.vcpu, body))
 
     def _host_request(self, peer: Peer, request: m.HostRequest, seq: int) -> None:
-        text = host_operation_refusal(self.runner.machine.kvm, request.operation)
+        text = self.runner.machine.host_refusal(request.operation)
         if text is not None:
             self._out.append((peer, m.ErrorReply(ErrorCode.BAD_ARGUMENT.value, text, seq)))
             return

@@ -45,18 +45,18 @@ WAKE_VECTOR: Final = 0xFC
 """All have done what the receiver asked for."""
 EVERYTHING: Final = 0
 """Instead of a gva: the whole address space. (So a request for page 0 empties the TLB, too.)"""
-TOUCH: Final = 1 << 15
-"""In a mail word: the pages are not to be invalidated but written to."""
-TOUCHED_PAGES: Final = 4
+TOUCH_SHIFT: Final = 12
+"""In a mail word, above the address space: so many pages are to be written to; 0: to be invalidated."""
+SPACE_MASK: Final = (1 << TOUCH_SHIFT) - 1
 
 MAX_INVLPG: Final = 3
 """More pages than this are invalidated by writing CR3."""
 _U64: Final = (1 << 64) - 1
 
 
-def _mail(space: int, gva: int, targets: int) -> int:
-    """A mail word: which page, how many are asked, which address space (and perhaps TOUCH)."""
-    return (gva >> x86.PAGE_SHIFT) << 24 | targets << 16 | space
+def _mail(what: int, gva: int, targets: int) -> int:
+    """A mail word: which page, how many are asked, and what, for which address space."""
+    return (gva >> x86.PAGE_SHIFT) << 24 | targets << 16 | what
 
 
 def invalidate_own(kernel: Kernel, space: int, pages: list[int]) -> list[Item]:
@@ -78,11 +78,11 @@ def invalidate(kernel: Kernel, arena: Arena, pages: list[int]) -> list[Item]:
     return items
 
 
-def ask_to_touch(kernel: Kernel, arena: Arena, page: int) -> list[Item]:
-    """All others that run the arena's address space write to `page` and the next few, as their TLBs have them."""
+def ask_to_touch(kernel: Kernel, arena: Arena, page: int, count: int = 1) -> list[Item]:
+    """All others that run the arena's address space write to `count` pages from `page` on, as their TLBs have them."""
     if not kernel.layout.is_shared(arena.space) or kernel.vcpus == 1:
         return []
-    return [call(ask, arena.space | TOUCH, arena.gva(page))]
+    return [call(ask, arena.space | count << TOUCH_SHIFT, arena.gva(page))]
 
 
 # --- the asker's side ---------------------------------------------------------------------------------------------
@@ -90,11 +90,11 @@ def ask_to_touch(kernel: Kernel, arena: Arena, page: int) -> list[Item]:
 
 @step
 def ask(kernel: Kernel, what: int, gva: int) -> None:
-    """Asks all that run a shared address space to invalidate (or touch) a page, or EVERYTHING, and waits for them.
+    """Asks all that run a shared address space to invalidate a page, or EVERYTHING, or to touch some, and waits.
 
-    `what`: the address space, perhaps with TOUCH.
+    `what`: the address space, and above it the number of pages to touch.
     """
-    kernel.push(UsedLoad(kernel.layout.mask_word(what & ~TOUCH)), call(ask_those, what, gva))
+    kernel.push(UsedLoad(kernel.layout.mask_word(what & SPACE_MASK)), call(ask_those, what, gva))
 
 
 @step
@@ -104,7 +104,7 @@ def ask_those(kernel: Kernel, what: int, gva: int) -> None:
     targets = [vcpu for vcpu in range(kernel.vcpus) if vcpu != me and kernel.value >> vcpu & 1]
     if not targets:
         return
-    kernel.count("touches_asked" if what & TOUCH else "shootdowns")
+    kernel.count("touches_asked" if what >> TOUCH_SHIFT else "shootdowns")
     kernel.push(
         stores([(layout.acks_word(me), 0), (layout.mail_word(me), _mail(what, gva, len(targets)))]),
         *(LockedAccess(layout.pending_word(target), LockedOp.XADD, 1 << me) for target in targets),
@@ -152,19 +152,19 @@ def serve(kernel: Kernel, asker: int) -> None:
     what = kernel.value & 0xFFFF
     kernel.count("requests_served")
     kernel.push(
-        *(_touch(kernel, what & ~TOUCH, gva) if what & TOUCH else invalidate_own(kernel, what, [gva])),
+        *(_touch(kernel, what, gva) if what >> TOUCH_SHIFT else invalidate_own(kernel, what, [gva])),
         LockedAccess(kernel.layout.acks_word(asker), LockedOp.XADD, 1),
         call(wake_if_last, asker, targets),
     )
 
 
-def _touch(kernel: Kernel, space: int, gva: int) -> list[Item]:
+def _touch(kernel: Kernel, what: int, gva: int) -> list[Item]:
     """Writes to the pages, if the address space is the current one."""
-    if space != kernel.space:
+    if what & SPACE_MASK != kernel.space:
         return []
     offset = 8 * kernel.prng.below(500)
     value = kernel.prng.bits() & ~1
-    pages = range(gva, gva + (TOUCHED_PAGES << x86.PAGE_SHIFT), x86.PAGE_SIZE)
+    pages = range(gva, gva + (what >> TOUCH_SHIFT << x86.PAGE_SHIFT), x86.PAGE_SIZE)
     return [Touches([(USER_WRITE, page + offset, 8, value) for page in pages])]
 
 

@@ -26,11 +26,12 @@ def some_unmapped(kernel: Kernel, arena: Arena, count: int) -> list[int]:
 
 
 def some_mapped(kernel: Kernel, arena: Arena, count: int, stay: bool = False) -> list[int]:
-    """Up to `count` mapped pages; with `stay` also of those that everybody uses and that are never freed."""
-    first = 0 if stay else kernel.layout.hot_pages
-    return kernel.prng.sample(
-        [page for page in arena.mapped() if page >= first and page & 511 < REACH], count
-    )
+    """Up to `count` mapped pages; with `stay` up to half of them such as everybody uses and as are never freed."""
+    first = kernel.layout.hot_pages
+    hot = [page for page in range(first) if arena.entry(page) & P] if stay else []
+    chosen = kernel.prng.sample(hot, (count + 1) // 2)
+    rest = [page for page in arena.mapped() if page >= first and page & 511 < REACH]
+    return chosen + kernel.prng.sample(rest, count - len(chosen))
 
 
 def grow(kernel: Kernel) -> list[Item]:

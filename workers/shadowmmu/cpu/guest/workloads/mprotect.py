@@ -21,7 +21,7 @@ def read_only(kernel: Kernel) -> list[Item]:
     """A range becomes read-only, is read, is written once (which is refused, or upgrades it), and writable again."""
     number = kernel.arena_here()
     arena = kernel.arena(number)
-    pages = some_mapped(kernel, arena, 2 + kernel.prng.below(6), stay=kernel.prng.chance(3))
+    pages = some_mapped(kernel, arena, 2 + kernel.prng.below(6), stay=kernel.prng.chance(2))
     if not pages:
         return []
     return [
@@ -57,7 +57,7 @@ def supervisor_only(kernel: Kernel) -> list[Item]:
     """Pages that user mode may not touch for a while; the kernel does."""
     number = kernel.arena_here()
     arena = kernel.arena(number)
-    pages = some_mapped(kernel, arena, 2)
+    pages = some_mapped(kernel, arena, 2, stay=kernel.prng.chance(2))
     if not pages:
         return []
     kernel_touches = [(WRITE, arena.gva(page) + 64, 8, 2 * page) for page in pages]

@@ -50,6 +50,8 @@ __all__ = [
     "table_in_view",
 ]
 
+TOUCHED_PAGES = 3
+"""Pages from an arena's first one on that everybody is made to have in the TLB before they go."""
 VIEWS = 8
 """Level 2 entries for tables in view."""
 VIEW_ENTRIES = (509, 510)
@@ -169,11 +171,11 @@ def table_in_view(kernel: Kernel) -> list[Item]:
             after = [call(unalias_table, number, alias)]
     return [
         fill,
-        *ask_to_touch(kernel, arena, 0),
+        *ask_to_touch(kernel, arena, page),
         *before,
         call(link_view, number, page, index),
         uses,
-        *ask_to_touch(kernel, arena, 0),
+        *ask_to_touch(kernel, arena, page),
         call(compute, 256),
         Invlpg(arena.gva(seen[0])),
         touch_pages(kernel, arena, seen),
@@ -197,7 +199,7 @@ def late_invalidation(kernel: Kernel) -> list[Item]:
     number = kernel.arena_here()
     arena = kernel.arena(number)
     names = [index for index in range(FIRST_ALIAS, FIRST_ALIAS + 8) if index not in arena.aliases]
-    if not names or kernel.prng.chance(3):
+    if not names or kernel.prng.chance(5):
         pages = [page for page in some_mapped(kernel, arena, 4, stay=True) if arena.entry(page) & W]
         return [
             touch_pages(kernel, arena, pages),
@@ -208,16 +210,18 @@ def late_invalidation(kernel: Kernel) -> list[Item]:
             call(change_quietly, number, 0, P | W, *pages),
         ]
     stay = [page for page in range(kernel.layout.hot_pages) if arena.entry(page) & (P | W | COW) == P | W]
-    pages, rest = stay[:-1], stay[-1:]
+    pages, rest = [page for page in stay if page < TOUCHED_PAGES], stay[-1:]
     alias = names[0]
     return [
         touch_pages(kernel, arena, rest, write=False),
         call(alias_table, number, 0, alias, TABLE),
-        *ask_to_touch(kernel, arena, 0),
+        *ask_to_touch(kernel, arena, 0, TOUCHED_PAGES),
         call(change_quietly, number, P, 0, *pages),
         touch_pages(kernel, arena, [alias << 9 | page for page in rest], write=False),
-        call(compute, 512),
-        *ask_to_touch(kernel, arena, 0),
+        call(compute, 256),
+        *ask_to_touch(kernel, arena, 0, CONTESTED_PAGES),
+        call(compute, 256),
+        *ask_to_touch(kernel, arena, 0, CONTESTED_PAGES),
         *_finally(kernel, number),
         call(change_quietly, number, 0, P | W, *pages),
         call(unalias_table, number, alias),
