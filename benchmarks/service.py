@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import multiprocessing as mp
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+
+import structlog
 
 from benchmarks.figures import Figure
 from shadowmmu.client import Endpoint, VcpuClient
@@ -64,7 +67,12 @@ async def _echo(report: Connection, _vcpus: int) -> None:
         await asyncio.get_running_loop().run_in_executor(None, report.recv)
 
 
+def _quiet() -> None:
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+
+
 def _serve(kind: Callable[[Connection, int], object], report: Connection, vcpus: int) -> None:
+    _quiet()
     asyncio.run(kind(report, vcpus))  # type: ignore[arg-type]
 
 

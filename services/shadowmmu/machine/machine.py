@@ -12,7 +12,6 @@ goes on at once when nothing else is ready. At memory points only lanes run.
 
 from __future__ import annotations
 
-import enum
 from collections import Counter, deque
 from typing import TypeAlias
 
@@ -25,14 +24,10 @@ from shadowmmu.machine.coverage import Coverage, WaitPoint
 from shadowmmu.machine.event_stream import EventStream
 from shadowmmu.machine.journal import Attached, GivenUp, HostAsked, Input, VcpuSent
 from shadowmmu.machine.lane import VcpuLane
-from shadowmmu.machine.operations import (
-    HostResult,
-    VcpuRun,
-    handle_exit,
-    host_operation,
-    host_operation_refusal,
-)
+from shadowmmu.machine.operations import HostResult, VcpuRun, handle_exit, host_operation
+from shadowmmu.machine.refusals import host_operation_refusal, vcpu_refusal
 from shadowmmu.machine.shadow_tables import ShadowTables
+from shadowmmu.machine.task import Stop, Task
 from shadowmmu.machine.vm_config import kvm_config
 from shadowmmu.protocol import events as ev
 from shadowmmu.protocol import messages as m
@@ -45,7 +40,6 @@ UNCOVERED_PARK_RATE = 0.9
 AUDIT_SAMPLE_RATE = 0.002
 """Share of the operations after which a sampled audit looks."""
 
-ACCESS_SIZES = (1, 2, 4, 8)
 KNOWN_OUTCOMES = (
     *(f"vcpu.page_fault.{outcome.value}" for outcome in k.Outcome),
     "vcpu.register_write.done",
@@ -73,68 +67,6 @@ class HostDone(msgspec.Struct, frozen=True):
 Output: TypeAlias = ToVcpu | HostDone
 
 
-class _Stop(enum.Enum):
-    READY = enum.auto()
-    LOCK = enum.auto()
-    KICK = enum.auto()
-    PARKED = enum.auto()
-    BUSY = enum.auto()
-
-
-class _Task:
-    """A host operation under way."""
-
-    __slots__ = (
-        "answer",
-        "incarnation",
-        "kick",
-        "lane",
-        "mark",
-        "name",
-        "number",
-        "operation",
-        "point",
-        "since",
-        "stop",
-        "ticket",
-        "wake",
-    )
-
-    def __init__(
-        self,
-        number: int,
-        name: str,
-        operation: Operation[VcpuRun] | Operation[HostResult],
-        lane: VcpuLane | None,
-        ticket: int,
-    ) -> None:
-        self.number = number
-        self.name = name
-        self.operation = operation
-        self.lane = lane
-        self.incarnation = 0 if lane is None else lane.incarnation
-        self.ticket = ticket
-        self.stop = _Stop.READY
-        self.answer: bool | None = None
-        self.point: Point | WaitPoint | None = None
-        self.mark = (0, 0)
-        self.since = 0  # the step at which it stopped
-        self.wake = 0  # the step at which it is ready again
-        self.kick: set[tuple[int, int]] = set()
-
-    @property
-    def vcpu(self) -> int:
-        return -1 if self.lane is None else self.lane.number
-
-
-def _shape_refusal(gva: int, size: int) -> tuple[ErrorCode, str] | None:
-    if size not in ACCESS_SIZES:
-        return ErrorCode.MALFORMED, f"an access has 1, 2, 4 or 8 bytes, not {size}"
-    if (gva & 0xFFF) + size > 0x1000:
-        return ErrorCode.MALFORMED, f"an access of {size} bytes at {gva:#x} crosses a page"
-    return None
-
-
 class Machine:
     """One virtual machine.
 
@@ -157,12 +89,12 @@ class Machine:
         self.lock_wait_steps: Counter[int] = Counter()
         self.steps = 0
         self._tasks = 0
-        self._ready: list[_Task] = []
-        self._parked: list[_Task] = []
-        self._lock_waiters: list[_Task] = []
-        self._kick_waiters: list[_Task] = []
-        self._busy_waiters: list[_Task] = []
-        self._lock_owner: _Task | None = None
+        self._ready: list[Task] = []
+        self._parked: list[Task] = []
+        self._lock_waiters: list[Task] = []
+        self._kick_waiters: list[Task] = []
+        self._busy_waiters: list[Task] = []
+        self._lock_owner: Task | None = None
         self._park_rate = config.park_rate
         self._paced: deque[HostAsked] = deque()
         self._host_interval = round(1000 / config.host_rate) if config.host_rate > 0.0 else 0
@@ -219,22 +151,7 @@ class Machine:
 
     def refusal(self, body: object) -> tuple[ErrorCode, str] | None:
         """Why a vCPU's message makes no sense for this machine, or None. Changes nothing."""
-        match body:
-            case m.Log():
-                accesses = body.accesses
-            case m.Load() | m.Locked():
-                accesses = [body.access]
-            case m.Exit(_, m.PageFaultExit(gva, _, instruction)):
-                return _shape_refusal(gva, instruction.size)
-            case _:
-                return None
-        gfn_of = self.host.gfn_of
-        for _, gva, pfn, size, _ in accesses:
-            if gfn_of(pfn) is None:
-                return ErrorCode.UNKNOWN_FRAME, f"host frame {pfn} never backed guest memory"
-            if size not in ACCESS_SIZES or (gva & 0xFFF) + size > 0x1000:
-                return _shape_refusal(gva, size)
-        return None
+        return vcpu_refusal(self.host, body)
 
     def host_refusal(self, operation: m.HostOperation) -> str | None:
         """Why the arguments of a host operation are not usable, or None. Changes nothing."""
@@ -267,7 +184,7 @@ class Machine:
     def _busy(self, lane: VcpuLane) -> bool:
         return bool(lane.queue) or lane.task is not None
 
-    def _all_tasks(self) -> list[_Task]:
+    def _all_tasks(self) -> list[Task]:
         return [
             *self._ready,
             *self._parked,
@@ -314,7 +231,7 @@ class Machine:
             self._wake(self.steps)
         if self._paced and self._progress >= self._host_due:
             self._start_host_operations(1)
-        ready: list[_Task | VcpuLane] = [lane for lane in self.lanes if lane.runnable]
+        ready: list[Task | VcpuLane] = [lane for lane in self.lanes if lane.runnable]
         ready += self._ready
         if self._lock_owner is None:
             ready += self._lock_waiters
@@ -343,23 +260,23 @@ class Machine:
         ticket: int = 0,
     ) -> None:
         self._tasks += 1
-        task = _Task(self._tasks, name, operation, lane, ticket)
+        task = Task(self._tasks, name, operation, lane, ticket)
         if lane is not None:
             lane.task = task
         self.events.emit(ev.OperationStarted(task.number, task.vcpu, name))
         self._ready.append(task)
 
-    def _stop(self, task: _Task, point: Point | WaitPoint, stop: _Stop) -> None:
+    def _stop(self, task: Task, point: Point | WaitPoint, stop: Stop) -> None:
         task.stop = stop
         task.point = point
         task.mark = self.coverage.mark(task.vcpu)
         task.since = self.steps
 
-    def _resume(self, task: _Task) -> None:
+    def _resume(self, task: Task) -> None:
         match task.stop:
-            case _Stop.READY | _Stop.PARKED | _Stop.KICK | _Stop.BUSY:
+            case Stop.READY | Stop.PARKED | Stop.KICK | Stop.BUSY:
                 (self._parked if task in self._parked else self._ready).remove(task)
-            case _Stop.LOCK:
+            case Stop.LOCK:
                 self._lock_waiters.remove(task)
                 self._take_lock(task)
                 self.lock_wait_steps[self.steps - task.since] += 1
@@ -367,14 +284,14 @@ class Machine:
             self.coverage.resumed(task.point, task.vcpu, task.mark)
             task.point = None
 
-    def _take_lock(self, task: _Task) -> None:
+    def _take_lock(self, task: Task) -> None:
         self._lock_owner = task
         self.counters["lock.taken"] += 1
         self.events.emit(ev.LockTaken(task.number))
 
-    def _advance(self, task: _Task) -> None:
+    def _advance(self, task: Task) -> None:
         """Runs an operation to the next place where it stops, or to its end."""
-        was_busy = task.stop is _Stop.BUSY
+        was_busy = task.stop is Stop.BUSY
         self._resume(task)
         self.coverage.operation_advanced(task.vcpu)
         if not was_busy:
@@ -411,11 +328,11 @@ class Machine:
                 self._ready.append(task)
         self._busy_waiters.clear()
 
-    def _park(self, task: _Task) -> None:
+    def _park(self, task: Task) -> None:
         task.wake = self.steps + 1 + self.choices.below(self.config.park_steps + 1)
         self._parked.append(task)
 
-    def _acquire(self, task: _Task) -> bool:
+    def _acquire(self, task: Task) -> bool:
         self.coverage.reached[WaitPoint.MMU_LOCK] += 1
         if self._lock_owner is None and not self.choices.chance(self._rate(WaitPoint.MMU_LOCK)):
             self._take_lock(task)
@@ -423,15 +340,15 @@ class Machine:
         if self._lock_owner is not None:
             self.counters["lock.waited"] += 1
         self.coverage.parked[WaitPoint.MMU_LOCK] += 1
-        self._stop(task, WaitPoint.MMU_LOCK, _Stop.LOCK)
+        self._stop(task, WaitPoint.MMU_LOCK, Stop.LOCK)
         self._lock_waiters.append(task)
         return False
 
-    def _reached(self, task: _Task, point: Point) -> bool:
+    def _reached(self, task: Task, point: Point) -> bool:
         """True if the operation is parked at the point."""
         self.coverage.reached[point] += 1
         if point is Point.HOST_PAGE_BUSY:
-            self._stop(task, point, _Stop.BUSY)
+            self._stop(task, point, Stop.BUSY)
             self._busy_waiters.append(task)
             return True
         if not self.choices.chance(self._rate(point)):
@@ -442,7 +359,7 @@ class Machine:
             self._run_lanes()
             self.coverage.resumed(point, task.vcpu, mark)
             return False
-        self._stop(task, point, _Stop.PARKED)
+        self._stop(task, point, Stop.PARKED)
         self._park(task)
         return True
 
@@ -462,7 +379,7 @@ class Machine:
 
     # --- kicks ---------------------------------------------------------------------------------------------------
 
-    def _kick(self, task: _Task, kick: Kick) -> bool | None:
+    def _kick(self, task: Task, kick: Kick) -> bool | None:
         """Sends the kicks. The answer if there is nothing to wait for, else None: the task waits."""
         if not kick.vcpus:
             return False
@@ -475,7 +392,7 @@ class Machine:
             task.kick = set()
             return True
         self.coverage.parked[WaitPoint.KICK] += 1
-        self._stop(task, WaitPoint.KICK, _Stop.KICK)
+        self._stop(task, WaitPoint.KICK, Stop.KICK)
         self._kick_waiters.append(task)
         return None
 
@@ -555,7 +472,7 @@ class Machine:
 
     # --- ends of operations --------------------------------------------------------------------------------------
 
-    def _finish(self, task: _Task, value: VcpuRun | HostResult) -> None:
+    def _finish(self, task: Task, value: VcpuRun | HostResult) -> None:
         self._wake_busy_waiters()
         self._lpages_highest = max(self._lpages_highest, self.kvm.stat.lpages)
         self.events.emit(ev.OperationEnded(task.number))

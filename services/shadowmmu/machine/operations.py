@@ -18,7 +18,7 @@ from shadowmmu.protocol.events import AccessFlag
 if TYPE_CHECKING:
     from shadowmmu.kvm import Kvm, Vcpu
 
-__all__ = ["HostResult", "VcpuRun", "handle_exit", "host_operation", "host_operation_refusal"]
+__all__ = ["HostResult", "VcpuRun", "handle_exit", "host_operation"]
 
 
 class VcpuRun(msgspec.Struct):
@@ -185,46 +185,3 @@ def host_operation(kvm: Kvm, operation: m.HostOperation) -> Operation[HostResult
             return _write_phys(kvm, words)
         case m.SetRegisters(vcpu, cr0, cr3, cr4, efer):
             return _nothing(k.set_regs(kvm.vcpus[vcpu], cr0, cr3, cr4, efer))
-
-
-def _small_page_refusal(kvm: Kvm, gfn: int) -> str | None:
-    """The host takes pages of hugetlbfs away by whole blocks only."""
-    slot = kvm.gfn_to_memslot(gfn)
-    if slot is None:
-        return f"gfn {gfn} is in no memory slot"
-    if slot.backing.level > 1:
-        return f"gfn {gfn} is in a huge page ({slot.backing.value}): use unmap_range on whole ones"
-    return None
-
-
-def _range_refusal(kvm: Kvm, gfn: int, npages: int) -> str | None:
-    slot = kvm.gfn_to_memslot(gfn)
-    if slot is None or gfn + npages > slot.end_gfn:
-        return f"gfns {gfn} to {gfn + npages - 1} are not all in one memory slot"
-    if (gfn | npages) & ~slot.host_mask:
-        return f"gfns {gfn} to {gfn + npages - 1} are not whole host pages ({slot.backing.value})"
-    return None
-
-
-def host_operation_refusal(kvm: Kvm, operation: m.HostOperation) -> str | None:
-    """Why the operation's arguments are not usable, or None if they are."""
-    match operation:
-        case m.Unmap(gfn) | m.Reclaim(gfn) | m.Move(gfn, _):
-            return _small_page_refusal(kvm, gfn)
-        case m.ReclaimIdle(gfns):
-            return next(filter(None, (_small_page_refusal(kvm, gfn) for gfn in gfns)), None)
-        case m.Age(gfn) | m.TestAge(gfn):
-            return None if kvm.gfn_to_memslot(gfn) is not None else f"gfn {gfn} is in no memory slot"
-        case m.UnmapRange(gfn, npages):
-            return _range_refusal(kvm, gfn, npages)
-        case m.SetDirtyLog(slot, _) | m.GetDirtyLog(slot):
-            return None if kvm.memslot(slot) is not None else f"there is no memory slot {slot}"
-        case m.WritePhys(words):
-            for gpa, _ in words:
-                if gpa & 7 or kvm.gfn_to_memslot(gpa >> 12) is None:
-                    return f"gpa {gpa:#x} is not an aligned word in a memory slot"
-            return None
-        case m.SetRegisters():
-            return None if operation.vcpu < len(kvm.vcpus) else f"there is no vCPU {operation.vcpu}"
-        case m.Shrink() | m.SetMmuPages() | m.ZapAll():
-            return None
