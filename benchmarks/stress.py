@@ -8,7 +8,7 @@ import sys
 
 from benchmarks.figures import Figure
 
-__all__ = ["guest_accesses_per_second"]
+__all__ = ["accesses_per_second"]
 
 OPS = 200_000
 ARGUMENTS = ["--vcpus", "4", "--ops", str(OPS), "--seed", "7", "--json"]
