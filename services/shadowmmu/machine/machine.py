@@ -329,7 +329,13 @@ class Machine:
         self._busy_waiters.clear()
 
     def _park(self, task: Task) -> None:
-        task.wake = self.steps + 1 + self.choices.below(self.config.park_steps + 1)
+        """For some steps; for as many as there may be, while nothing has fallen at the point yet."""
+        longest = self.config.park_steps
+        point = task.point
+        if point is None or self.coverage.covered(point):
+            task.wake = self.steps + 1 + self.choices.below(longest + 1)
+        else:
+            task.wake = self.steps + 1 + longest
         self._parked.append(task)
 
     def _acquire(self, task: Task) -> bool:

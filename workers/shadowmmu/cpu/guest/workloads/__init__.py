@@ -86,7 +86,7 @@ RECIPES: Final[Mapping[Workload, Recipe]] = {
             (3, huge.map_huge),
             (3, huge.split_and_collapse),
             (1, huge.unmap_huge),
-            (2, registers.device),
+            (5, registers.device),
             (2, registers.write_protect_off),
             (1, registers.syscall_enable),
         ),
