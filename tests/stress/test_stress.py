@@ -13,7 +13,7 @@ import pytest
 from shadowmmu.kvm import COUNTERS
 from shadowmmu.protocol import messages as m
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
 
 COMMAND = [sys.executable, "-m", "shadowmmu.cli"]
 PASS, VIOLATED, UNKNOWN = 0, 1, 2
