@@ -124,8 +124,12 @@ InFolder = Annotated[
 ]
 
 
-def make_config(**values: Any) -> RunConfig:
-    """The run configuration of the options' values. Raises typer.BadParameter that names the option."""
+def make_config(vcpus: int | None, **values: Any) -> RunConfig:
+    """The run configuration of the options' values, for that many vCPUs if their number is known.
+
+    Raises typer.BadParameter that names the option.
+    """
+    from shadowmmu.cpu.guest import Layout
     from shadowmmu.kvm import profiles
     from shadowmmu.kvm.errors import UnknownFixError, UnknownProfileError
 
@@ -135,8 +139,14 @@ def make_config(**values: Any) -> RunConfig:
         raise bad_value("--profile", str(error)) from error
     config = RunConfig(**values)
     try:
-        return msgspec.convert(msgspec.to_builtins(config), RunConfig)
+        config = msgspec.convert(msgspec.to_builtins(config), RunConfig)
     except msgspec.ValidationError as error:
         text, _, path = str(error).partition(" - at `$.")
         option = "--" + path.rstrip("`").replace("_", "-")
         raise bad_value(option, text.replace("`", "")) from error
+    if vcpus is not None:
+        try:
+            Layout(config, vcpus)
+        except ValueError as error:  # too many for the guest programs, or for the guest's memory
+            raise bad_value("--vcpus", str(error)) from error
+    return config

@@ -92,6 +92,7 @@ def serve_mmu(
     config = None
     if coordinator is None:
         config = make_config(
+            vcpus,
             workload=workload,
             seed=seed,
             profile=profile,
@@ -161,6 +162,7 @@ def serve_coordinator(
 
     _check_addresses(**{"--bind": bind})
     config = make_config(
+        vcpus,
         workload=workload,
         seed=seed,
         ops=ops,

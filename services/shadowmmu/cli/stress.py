@@ -72,6 +72,7 @@ def stress(
     that is kept only if the run did not pass.
     """
     config = make_config(
+        vcpus,
         workload=workload,
         seed=seed,
         ops=ops,
