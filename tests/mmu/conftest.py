@@ -48,6 +48,7 @@ class Served:
             self.service.on_message,
             on_batch=self.service.on_batch,
             on_peer_lost=self._peer_lost,
+            on_failure=self.service.fail,
             hard_limit=TO_MMU.hard_limit,
             context=self.context,
         )

@@ -206,3 +206,20 @@ async def test_back_pressure_stops_reading_and_nothing_is_lost(served: Served) -
         assert not applied.done() and served.service.runner.records == records
         served.service.set_blocked(False)
         await applied
+
+
+async def test_a_journal_that_cannot_be_written_ends_the_service(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vcpu = await served.vcpu()
+
+    def full(_data: bytes) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(served.service.runner._journal, "_write", full)
+    vcpu.send(m.Enter())
+    with pytest.raises(OSError, match="no space left"):
+        async with asyncio.timeout(20):
+            await served.service.failure
+    await vcpu.close()
+    served.service.failure = asyncio.get_running_loop().create_future()  # it has been seen

@@ -71,8 +71,12 @@ async def _endpoint(options: MmuOptions) -> AsyncIterator[tuple[str, Callable[[M
         if served:
             served[0].on_batch()
 
+    def on_failure(error: Exception) -> None:
+        served[0].fail(error)
+
     endpoint = Endpoint.router(
         on_message,
+        on_failure=on_failure,
         on_batch=on_batch,
         on_peer_lost=on_peer_lost,
         hard_limit=TO_MMU.hard_limit,

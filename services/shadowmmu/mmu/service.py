@@ -135,6 +135,11 @@ class MmuService:
                 self._out.append((peer, m.Heartbeat()))
         self._schedule_turn()
 
+    def fail(self, error: Exception) -> None:
+        """The service cannot go on: its journal cannot be written, or it has a defect. Whoever runs it ends it."""
+        if not self.failure.done():
+            self.failure.set_exception(error)
+
     def set_blocked(self, blocked: bool) -> None:
         """Back-pressure: while blocked, nothing is read and no step is made."""
         if blocked == self._blocked or self.endpoint is None:
@@ -290,8 +295,7 @@ class MmuService:
                 if peer.session.state not in _NO_SESSION:
                     self._send(peer, body)
         except Exception as error:  # noqa: BLE001 - a defect ends the service, loudly, not one callback quietly
-            if not self.failure.done():
-                self.failure.set_exception(error)
+            self.fail(error)
             return
         if more:
             self._schedule_turn()
