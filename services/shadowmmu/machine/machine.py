@@ -280,6 +280,11 @@ class Machine:
                 self._lock_waiters.remove(task)
                 self._take_lock(task)
                 self.lock_wait_steps[self.steps - task.since] += 1
+        if task.stop is not Stop.BUSY:
+            self._goes_on(task)
+
+    def _goes_on(self, task: Task) -> None:
+        """The operation's stay where it stopped is over. One that looks again whether a page is busy stays on."""
         if task.point is not None:
             self.coverage.resumed(task.point, task.vcpu, task.mark)
             task.point = None
@@ -302,9 +307,12 @@ class Machine:
             try:
                 effect = send(answer)
             except StopIteration as stop:
+                self._goes_on(task)
                 self._finish(task, stop.value)
                 return
             answer = None
+            if was_busy and effect is not Point.HOST_PAGE_BUSY:
+                self._goes_on(task)
             if effect is MmuLock.RELEASE:
                 self._lock_owner = None
                 self.events.emit(ev.LockReleased(task.number))
@@ -352,11 +360,13 @@ class Machine:
 
     def _reached(self, task: Task, point: Point) -> bool:
         """True if the operation is parked at the point."""
-        self.coverage.reached[point] += 1
         if point is Point.HOST_PAGE_BUSY:
-            self._stop(task, point, Stop.BUSY)
+            if task.point is not point:
+                self.coverage.reached[point] += 1
+                self._stop(task, point, Stop.BUSY)
             self._busy_waiters.append(task)
             return True
+        self.coverage.reached[point] += 1
         if not self.choices.chance(self._rate(point)):
             return False
         self.coverage.parked[point] += 1
