@@ -24,6 +24,7 @@ from shadowmmu.cpu.x86 import (
     X86_CR4_PAE,
 )
 from shadowmmu.kvm import (
+    Effect,
     EntryStatus,
     FaultOutcome,
     Instruction,
@@ -35,7 +36,6 @@ from shadowmmu.kvm import (
     MmuLock,
     Operation,
     Outcome,
-    Point,
     Profile,
     Vcpu,
     VcpuMode,
@@ -62,7 +62,7 @@ def drive(operation: Operation[Any]) -> Any:
         return stop.value
 
 
-def points(operation: Operation[Any]) -> Iterator[Point | MmuLock | Kick]:
+def points(operation: Operation[Any]) -> Iterator[Effect]:
     """The effects of an operation that runs alone."""
     try:
         while True:

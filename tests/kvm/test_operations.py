@@ -24,6 +24,7 @@ from shadowmmu.kvm import (
     ConfigError,
     EntryStatus,
     FaultOutcome,
+    HostPageLock,
     Instruction,
     InstructionKind,
     Kick,
@@ -352,8 +353,8 @@ def test_a_page_is_not_changed_again_before_kvm_knows(world: World) -> None:
     kvm = world.kvm
     world.access(world.vcpus[0], 0)
     moving = world.start(host.move(kvm, 256, 0x500000, False)).until(Point.HOST_COW)
-    second = world.start(host.reclaim(kvm, 256)).until(Point.HOST_PAGE_BUSY)
-    assert second.step() is Point.HOST_PAGE_BUSY
+    second = world.start(host.reclaim(kvm, 256)).until(HostPageLock.BUSY)
+    assert second.step() is HostPageLock.BUSY
     moving.finish()
     assert second.step() is Point.HOST_UNMAPPED
     second.finish()

@@ -8,7 +8,7 @@ from shadowmmu.kvm import host
 from shadowmmu.kvm.audit import AuditError, mmu_audit
 from shadowmmu.kvm.constants import VcpuMode
 from shadowmmu.kvm.dirty_log import kvm_vm_ioctl_get_dirty_log, set_dirty_logging
-from shadowmmu.kvm.effects import Effect, Kick, MmuLock, Operation
+from shadowmmu.kvm.effects import Effect, HostPageLock, Kick, MmuLock, Operation
 from shadowmmu.kvm.emulate import (
     FaultOutcome,
     Instruction,
@@ -64,6 +64,7 @@ __all__ = [
     # What a driver does with an operation
     "Operation",
     "Effect",
+    "HostPageLock",
     "MmuLock",
     "Kick",
     "Point",

@@ -10,6 +10,7 @@ races, and the recordings' runner, which lets nothing else happen at all.
 | `MmuLock.ACQUIRE` | resumes the operation when it owns mmu_lock | ignored |
 | `MmuLock.RELEASE` | frees mmu_lock | ignored |
 | a `Point` | may run other things, by the point's kind | ignored |
+| `HostPageLock.BUSY` | resumes the operation after another one has advanced | ignored |
 | `Kick` | interrupts each vCPU named and waits until each has left that guest entry | bool: was anybody kicked |
 """
 
@@ -23,7 +24,7 @@ import msgspec
 
 from shadowmmu.kvm.points import Point
 
-__all__ = ["Effect", "Kick", "MmuLock", "Operation"]
+__all__ = ["Effect", "HostPageLock", "Kick", "MmuLock", "Operation"]
 
 
 class MmuLock(enum.Enum):
@@ -31,6 +32,12 @@ class MmuLock(enum.Enum):
 
     ACQUIRE = "acquire"
     RELEASE = "release"
+
+
+class HostPageLock(enum.Enum):
+    """The host's page-table lock: one operation at a time changes a page, and KVM knows of it before the next."""
+
+    BUSY = "busy"  # another operation has the pages; this one looks again when it is resumed
 
 
 class Kick(msgspec.Struct, frozen=True):
@@ -43,7 +50,7 @@ class Kick(msgspec.Struct, frozen=True):
     vcpus: tuple[int, ...]
 
 
-Effect: TypeAlias = MmuLock | Point | Kick
+Effect: TypeAlias = MmuLock | HostPageLock | Point | Kick
 
 T = TypeVar("T")
 Operation: TypeAlias = Generator[Effect, bool | None, T]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from shadowmmu.kvm.effects import Operation
+from shadowmmu.kvm.effects import HostPageLock, Operation
 from shadowmmu.kvm.errors import ConfigError
 from shadowmmu.kvm.host_memory import BAD_PFN
 from shadowmmu.kvm.memslots import KvmMemorySlot
@@ -50,8 +50,9 @@ def _frames(kvm: Kvm, slot: KvmMemorySlot, key: int) -> list[tuple[int, int]]:
 def _begin_change(kvm: Kvm, keys: list[int]) -> Operation[None]:
     """Take the page-table lock, so to speak: wait until KVM knows of all earlier changes of these host pages."""
     in_change = kvm.host.in_change
+    yield Point.HOST_PAGE_LOCK
     while any(key in in_change for key in keys):
-        yield Point.HOST_PAGE_BUSY
+        yield HostPageLock.BUSY
     in_change.update(keys)
 
 

@@ -48,7 +48,7 @@ class Point(enum.Enum):
     ENTER_GUEST_RELOAD = "vcpu_enter_guest: requests served, root not loaded yet"
     ENTER_GUEST_REQUESTS = "vcpu_enter_guest: requests served, guest mode not set yet"
     HOST_UNMAPPED = "host: page taken away, mmu_notifier not called yet"
-    HOST_PAGE_BUSY = "host: waiting for the page-table lock: KVM does not know of the page's last change yet"
+    HOST_PAGE_LOCK = "host: about to change a page, page-table lock not taken yet"
     HOST_COW = "host: page moved (copy on write, merged), change_pte not called yet"
     NOTIFIER_UNLOCKED = "invalidate_page: lock dropped, flush not asked for yet"
     NOTIFIER_RANGE_UNLOCKED = "invalidate_range_start: lock dropped, flush not asked for yet"

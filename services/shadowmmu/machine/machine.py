@@ -18,7 +18,7 @@ from typing import TypeAlias
 import msgspec
 
 from shadowmmu import kvm as k
-from shadowmmu.kvm import Kick, MmuLock, Operation, Point, PointKind, VcpuMode
+from shadowmmu.kvm import HostPageLock, Kick, MmuLock, Operation, Point, PointKind, VcpuMode
 from shadowmmu.machine.choices import Choices
 from shadowmmu.machine.coverage import Coverage, WaitPoint
 from shadowmmu.machine.event_stream import EventStream
@@ -37,6 +37,10 @@ __all__ = ["HostDone", "Machine", "Output", "ToVcpu"]
 
 UNCOVERED_PARK_RATE = 0.9
 """Share of the operations parked at a point at which no other operation, or no store, has fallen yet."""
+MOST_PROLONGED = 20
+"""How often the stay of an operation parked at such a point may be prolonged."""
+HOST_BURST_RATE = 0.25
+"""Share of the paced host operations that start together with the next one: pages are busy only then."""
 AUDIT_SAMPLE_RATE = 0.002
 """Share of the operations after which a sampled audit looks."""
 
@@ -230,7 +234,7 @@ class Machine:
         if self._parked:
             self._wake(self.steps)
         if self._paced and self._progress >= self._host_due:
-            self._start_host_operations(1)
+            self._start_host_operations(min(len(self._paced), 1 + self.choices.chance(HOST_BURST_RATE)))
         ready: list[Task | VcpuLane] = [lane for lane in self.lanes if lane.runnable]
         ready += self._ready
         if self._lock_owner is None:
@@ -239,7 +243,7 @@ class Machine:
             if not (self._parked and resume_parked):
                 self.steps -= 1
                 return False
-            ready += self._parked
+            ready += [task for task in self._parked if not self._stays(task)] or self._parked
         chosen = ready[0] if len(ready) == 1 else ready[self.choices.below(len(ready))]
         if isinstance(chosen, VcpuLane):
             chosen.step()
@@ -248,9 +252,23 @@ class Machine:
         return True
 
     def _wake(self, now: int) -> None:
-        if any(task.wake <= now for task in self._parked):
-            self._ready += [task for task in self._parked if task.wake <= now]
-            self._parked = [task for task in self._parked if task.wake > now]
+        for task in [task for task in self._parked if task.wake <= now]:
+            if self._stays(task):
+                task.prolonged += 1
+                task.wake = now + self.config.park_steps
+            else:
+                self._parked.remove(task)
+                self._ready.append(task)
+
+    def _stays(self, task: Task) -> bool:
+        """Whether a parked operation stays when its time is over: where nothing has fallen in any stay so far."""
+        point = task.point
+        return (
+            task.prolonged < MOST_PROLONGED
+            and point is not None
+            and not self.coverage.covered(point)
+            and self.coverage.fell(task.vcpu, task.mark) != (True, True)
+        )
 
     def _start(
         self,
@@ -271,6 +289,7 @@ class Machine:
         task.point = point
         task.mark = self.coverage.mark(task.vcpu)
         task.since = self.steps
+        task.prolonged = 0
 
     def _resume(self, task: Task) -> None:
         match task.stop:
@@ -280,11 +299,6 @@ class Machine:
                 self._lock_waiters.remove(task)
                 self._take_lock(task)
                 self.lock_wait_steps[self.steps - task.since] += 1
-        if task.stop is not Stop.BUSY:
-            self._goes_on(task)
-
-    def _goes_on(self, task: Task) -> None:
-        """The operation's stay where it stopped is over. One that looks again whether a page is busy stays on."""
         if task.point is not None:
             self.coverage.resumed(task.point, task.vcpu, task.mark)
             task.point = None
@@ -307,12 +321,10 @@ class Machine:
             try:
                 effect = send(answer)
             except StopIteration as stop:
-                self._goes_on(task)
+                self._wake_busy_waiters()
                 self._finish(task, stop.value)
                 return
             answer = None
-            if was_busy and effect is not Point.HOST_PAGE_BUSY:
-                self._goes_on(task)
             if effect is MmuLock.RELEASE:
                 self._lock_owner = None
                 self.events.emit(ev.LockReleased(task.number))
@@ -324,16 +336,18 @@ class Machine:
                 if kicked is None:
                     return
                 answer = kicked
+            elif effect is HostPageLock.BUSY:
+                self.counters["page_lock.waited"] += not was_busy
+                task.stop = Stop.BUSY
+                self._busy_waiters.append(task)
+                return
             elif self._reached(task, effect):
                 return
+            was_busy = False
 
     def _wake_busy_waiters(self) -> None:
         """Whoever waits for another operation looks again: one has advanced that was not waiting itself."""
-        for task in self._busy_waiters:
-            if self._park_rate > 0.0 and not self.coverage.covered(Point.HOST_PAGE_BUSY):
-                self._park(task)
-            else:
-                self._ready.append(task)
+        self._ready += self._busy_waiters
         self._busy_waiters.clear()
 
     def _park(self, task: Task) -> None:
@@ -360,12 +374,6 @@ class Machine:
 
     def _reached(self, task: Task, point: Point) -> bool:
         """True if the operation is parked at the point."""
-        if point is Point.HOST_PAGE_BUSY:
-            if task.point is not point:
-                self.coverage.reached[point] += 1
-                self._stop(task, point, Stop.BUSY)
-            self._busy_waiters.append(task)
-            return True
         self.coverage.reached[point] += 1
         if not self.choices.chance(self._rate(point)):
             return False

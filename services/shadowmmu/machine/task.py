@@ -35,6 +35,7 @@ class Task:
         "number",
         "operation",
         "point",
+        "prolonged",
         "since",
         "stop",
         "ticket",
@@ -61,6 +62,7 @@ class Task:
         self.mark = (0, 0)
         self.since = 0  # the step at which it stopped
         self.wake = 0  # the step at which it is ready again
+        self.prolonged = 0  # how often its time to be parked was over and it stayed
         self.kick: set[tuple[int, int]] = set()
 
     @property
