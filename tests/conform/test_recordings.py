@@ -8,11 +8,11 @@ import pytest
 from shadowmmu.conform import render, run_trace
 from shadowmmu.kvm import Kvm, mmu_audit
 
-RECORDINGS = sorted((Path(__file__).parents[1] / "data" / "conformance").glob("*.jsonl.gz"))
+RECORDINGS = sorted((Path(__file__).parents[1] / "data" / "conformance").rglob("*.jsonl.gz"))
 
 
 def test_the_recordings_are_there() -> None:
-    assert len(RECORDINGS) == 57
+    assert len(RECORDINGS) == 152
 
 
 @pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.name.removesuffix(".jsonl.gz"))

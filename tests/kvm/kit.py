@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from random import Random
 from typing import Any
 
-from shadowmmu.conform.hardware import Fault, hardware_walk
+from shadowmmu.conform.hardware import Fault, Misconfiguration, hardware_walk
 from shadowmmu.cpu.x86 import (
     EFER_LMA,
     EFER_LME,
@@ -170,6 +170,7 @@ class World:
         if page in tlb and (tlb[page][1] or not write):
             return tlb[page][0]
         walk = hardware_walk(vcpu, gva, WRITE if write else READ, True)
+        assert not isinstance(walk, Misconfiguration)
         if isinstance(walk, Fault):
             tlb.pop(page, None)
             return walk

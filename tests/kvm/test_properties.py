@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shadowmmu.conform.hardware import Fault, hardware_walk
+from shadowmmu.conform.hardware import Fault, Misconfiguration, Translation, hardware_walk
 from shadowmmu.cpu.x86 import PT64_NX_MASK, PT_PAGE_SIZE_MASK
 from shadowmmu.kvm import (
     Instruction,
@@ -110,6 +110,7 @@ class Sequence:
             if not self._enter(vcpu):
                 return
             walk = hardware_walk(vcpu, address, kind, user)
+            assert not isinstance(walk, Misconfiguration)
             if not isinstance(walk, Fault):
                 if kind is WRITE:
                     self.world.kvm.memory.write(walk.gfn << 12 | address & 0xFFF, 8, value)
@@ -188,7 +189,7 @@ class Sequence:
                 address = gva(0, *indices)
                 for user in (False, True):
                     walk = hardware_walk(vcpu, address, READ, user)
-                    if isinstance(walk, Fault):
+                    if not isinstance(walk, Translation):
                         continue
                     guest = guest_walk(self.world, vcpu, address)
                     assert guest is not None, f"{address:#x} is mapped by the shadow alone"

@@ -23,7 +23,15 @@ NOTES: Final[Mapping[str, str]] = {
     "Instruction.flags": "What the access is: AccessFlag bits 0 to 4.",
     "pfn": "Host frame number (host physical address / 4096) of the first 4 KiB frame of the leaf.",
     "level": "Level of the leaf entry: 1 maps 4 KiB, 2 maps 2 MiB, 3 maps 1 GiB.",
-    "error_code": "Page-fault error code, PFERR bits: 1 present, 2 write, 4 user, 8 reserved bit, 16 fetch.",
+    "error_code": (
+        "Page-fault error code, PFERR bits: 1 present, 2 write, 4 user, 8 reserved bit, 16 fetch. Of an EPT violation: "
+        "1 read, 2 write, 0 fetch."
+    ),
+    "InjectedFault.error_code": (
+        "Page-fault error code, PFERR bits: 1 present, 2 write, 4 user, 8 reserved bit, 16 fetch."
+    ),
+    "misconfig": "The walk met a misconfigured EPT entry; `error_code` is 0 then.",
+    "gpa": "Guest physical address, in bytes.",
     "accesses": "The accesses, in program order.",
     "access": "The access. The value is 0 for a load, the operand for a locked operation.",
     "op": "The locked operation.",
@@ -57,6 +65,8 @@ NOTES: Final[Mapping[str, str]] = {
     "incarnation": "Number of this incarnation, which every envelope carries from now on; from 1, never used again.",
     "vpid": "Whether TLB entries are tagged by VPID; if not, every entry and exit empties the TLB.",
     "heartbeat": "Seconds between heartbeats.",
+    "pfec_mask": "Which bits of a page fault's error code decide whether it exits (VMX: PFEC_MASK).",
+    "pfec_match": "What these bits are in a page fault that exits (VMX: PFEC_MATCH).",
     "code": "A code of the error registry.",
     "text": "Details, for people to read.",
     "Finished.text": "The verdict's reason, for people to read.",
@@ -101,6 +111,9 @@ NOTES: Final[Mapping[str, str]] = {
     "verdict": "How the run ended.",
     # RunConfig.
     "workload": "The guest program.",
+    "mode": "The paging mode of the guests.",
+    "tdp": "Two-dimensional paging: the format of the host's tables; null: shadow paging.",
+    "bypass_guest_pf": "Not-present faults go to the guest without an exit where the shadow entry says so.",
     "seed": "Seeds programs and choices.",
     "ops": "Guest instructions of all vCPUs together.",
     "profile": "The kernel that is simulated.",

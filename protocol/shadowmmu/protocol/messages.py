@@ -81,10 +81,20 @@ class ControlRegister(enum.Enum):
 
 
 class PageFaultExit(_Message, tag="page_fault", frozen=True):
-    """The hardware walk faulted. `error_code`: PFERR bits. `instruction` is executed again, or emulated."""
+    """The hardware walk faulted. `error_code`: PFERR bits. `instruction` is executed again, or emulated.
+
+    With two-dimensional paging this is the violation of the host's tables, and `gva` the guest physical address.
+    """
 
     gva: U64
     error_code: Annotated[int, Meta(ge=0, le=31)]
+    instruction: Instruction
+
+
+class EptMisconfigExit(_Message, tag="ept_misconfig", frozen=True):
+    """The walk of the EPT tables met a misconfigured entry. `instruction` is executed again, or emulated."""
+
+    gpa: U64
     instruction: Instruction
 
 
@@ -117,7 +127,13 @@ class ExternalInterruptExit(_Message, tag="external_interrupt", frozen=True):
 
 
 ExitReason: TypeAlias = (
-    PageFaultExit | InvlpgExit | RegisterWriteExit | SendIpiExit | HaltExit | ExternalInterruptExit
+    PageFaultExit
+    | EptMisconfigExit
+    | InvlpgExit
+    | RegisterWriteExit
+    | SendIpiExit
+    | HaltExit
+    | ExternalInterruptExit
 )
 
 # --- a vCPU to the MMU service -----------------------------------------------------------------------------------
@@ -194,13 +210,19 @@ class Detach(_Message, tag="detach", frozen=True):
 # --- the MMU service to a vCPU -----------------------------------------------------------------------------------
 
 
-class Attached(_Message, tag="attached", frozen=True):
-    """The peer is `vcpu` (None for a host agent), as incarnation `incarnation`."""
+class Attached(_Message, tag="attached", frozen=True, omit_defaults=True):
+    """The peer is `vcpu` (None for a host agent), as incarnation `incarnation`.
+
+    A page fault exits only if its error code, masked with `pfec_mask`, is `pfec_match`; the guest takes all others
+    without an exit.
+    """
 
     vcpu: VcpuId | None
     incarnation: U64
     vpid: bool
     heartbeat: float  # seconds between heartbeats
+    pfec_mask: U32 = 0
+    pfec_match: U32 = 0
 
 
 class InjectedFault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -246,12 +268,17 @@ class Walked(_Message, tag="walked", frozen=True):
     flags: Annotated[int, Meta(ge=0, le=0xFFFF)]
 
 
-class WalkFault(_Message, tag="walk_fault", frozen=True):
-    """The walk faulted with PFERR bits `error_code`: the vCPU exits with a page fault."""
+class WalkFault(_Message, tag="walk_fault", frozen=True, omit_defaults=True):
+    """The walk faulted with PFERR bits `error_code`: the vCPU exits with a page fault.
+
+    If the page-fault mask and match of Attached let the fault through, the guest takes it and nothing exits.
+    `misconfig`: it met a misconfigured EPT entry, and the vCPU exits for that instead.
+    """
 
     entry: U64
     walk: U64
     error_code: Annotated[int, Meta(ge=0, le=31)]
+    misconfig: bool = False
 
 
 class Loaded(_Message, tag="loaded", frozen=True):
@@ -445,6 +472,24 @@ class Workload(enum.Enum):
     HUGE = "huge"
     SLOPPY = "sloppy"
     MIXED = "mixed"
+    MODES = "modes"
+
+
+class GuestMode(enum.Enum):
+    """The paging mode that guests run in; all but `modes` are 64-bit programs."""
+
+    PAGING64 = "paging64"
+    PAE = "pae"
+    PAGING32 = "paging32"
+    NONPAGING = "nonpaging"
+    MIXED = "mixed"  # each vCPU in another one, and all of them change now and then
+
+
+class Tdp(enum.Enum):
+    """Two-dimensional paging: the format of the host's tables."""
+
+    EPT = "ept"
+    NPT = "npt"
 
 
 class Audit(enum.Enum):
@@ -471,9 +516,14 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     on shadow pages. `park_rate`: share of the named points at which an operation is parked; `park_steps`: for at most
     this many scheduler steps. `host_rate`: host agent operations per 1,000 guest instructions. `tlb_sets`, `tlb_ways`:
     of a vCPU's TLB for 4 KiB entries (large entries: a quarter of the sets).
+    `mode` other than paging64 goes with workload `modes` only. `tdp`: None is shadow paging; with a value guests run
+    with paging off. `bypass_guest_pf`: the parameter of that name of profile `pre-patch`, not with `tdp`.
     """
 
     workload: Workload = Workload.MIXED
+    mode: GuestMode = GuestMode.PAGING64
+    tdp: Tdp | None = None
+    bypass_guest_pf: bool = False
     seed: U64 = 0
     ops: Annotated[int, Meta(ge=1, le=1 << 48)] = 100_000
     profile: Name = "fixed"

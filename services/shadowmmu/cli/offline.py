@@ -63,13 +63,14 @@ def conform(
     """Drive the model by recordings of the real code; exit status 0 as recorded, 1 not, 2 a file cannot be used."""
     from shadowmmu.conform import conform_files, render
 
-    total = passed = mismatches = 0
+    total = passed = mismatches = operations = 0
     for report in conform_files(files):
         total += 1
         passed += report.passed
+        operations += report.operations
         mismatches += report.mismatch is not None
         typer.echo(render(report))
-    typer.echo(f"{passed} of {total} recordings pass")
+    typer.echo(f"{passed} of {total} recordings pass: {operations} operations, {mismatches} mismatches")
     if mismatches:
         raise typer.Exit(1)
     raise typer.Exit(0 if passed == total else UNUSABLE_STATUS)

@@ -11,16 +11,18 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from shadowmmu.kvm import Backing, ConfigError, KvmConfig, MemorySlot, Profile
+from shadowmmu.protocol.messages import Tdp
 
 __all__ = ["FORMAT", "BadRecordingError", "Header", "Line", "Recording", "canonical_json", "read_recording"]
 
 FORMAT = "shadow-mmu-conformance/1"
-SUPPORTED_KERNEL = "3.1.10"
+PROFILES = {"3.1.10": "linux-3.1", "3.1-rc0": "pre-patch"}
+"""The profile for what `kernel` begins with."""
 
 Line = dict[str, Any]
 """One operation line, as JSON gives it."""
@@ -47,29 +49,27 @@ class Header(msgspec.Struct, frozen=True):
     vcpus: int
     memslots: tuple[_Slot, ...]
     max_mmu_pages: int
-    tdp: bool | str
+    tdp: Literal[False] | Tdp
     bypass_guest_pf: bool
     host_phys_bits: int
     guest_maxphyaddr: int
 
-    def unsupported(self) -> str | None:
-        """Why this version of the model cannot replay it; None if it can."""
-        if self.kernel != SUPPORTED_KERNEL:
-            return f"recorded from kernel {self.kernel}, only {SUPPORTED_KERNEL} is modelled"
-        if self.bypass_guest_pf:
-            return "bypass_guest_pf is not modelled"
-        if self.tdp is not False:
-            return f"two-dimensional paging ({self.tdp}) is not modelled"
-        return None
+    def profile(self) -> Profile | None:
+        """The kernel that was recorded; None if it is none that the model has."""
+        words = self.kernel.split()
+        name = PROFILES.get(words[0]) if words else None
+        return None if name is None else Profile.parse(name)
 
     def config(self, profile: Profile) -> KvmConfig:
-        """The virtual machine that the recording was made with."""
+        """The virtual machine that the recording was made with, and that kernel."""
         return KvmConfig(
             memslots=tuple(MemorySlot(s.id, s.base_gfn, s.npages, s.backing) for s in self.memslots),
             n_max_mmu_pages=self.max_mmu_pages,
             host_phys_bits=self.host_phys_bits,
             guest_maxphyaddr=self.guest_maxphyaddr,
             profile=profile,
+            tdp=self.tdp or None,
+            bypass_guest_pf=self.bypass_guest_pf,
         )
 
 
@@ -139,7 +139,7 @@ def read_recording(source: str | Path | Iterable[str]) -> Recording:
     except msgspec.ValidationError as error:
         raise BadRecordingError(f"{name}: line 1: bad header: {error}") from error
     try:
-        header.config(Profile.parse("linux-3.1")).check()
+        header.config(header.profile() or Profile.parse("linux-3.1")).check()
     except ConfigError as error:
         raise BadRecordingError(f"{name}: line 1: bad header: {error}") from error
     return Recording(name, header, _operations(name, header, texts))

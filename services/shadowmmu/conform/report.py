@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from shadowmmu.conform.recording import BadRecordingError, Line, canonical_json, read_recording
+from shadowmmu.conform.recording import PROFILES, BadRecordingError, Line, canonical_json, read_recording
 from shadowmmu.conform.runner import Runner
 from shadowmmu.conform.state import lru, state
 from shadowmmu.kvm import Kvm, Profile
@@ -126,17 +126,20 @@ def run_trace(
     """Replay one recording (a path, or its lines), up to the first mismatch.
 
     `after_operation` is called with each operation's line and the machine, before they are compared. Never raises for
-    a bad recording: the report says what is wrong. `profile` is linux-3.1 unless given: that is what was recorded.
+    a bad recording: the report says what is wrong. `profile` is the kernel that was recorded, unless given.
     """
     name = str(source) if isinstance(source, str | Path) else "<lines>"
     done = 0
     try:
         recording = read_recording(source)
         name = recording.header.name
-        reason = recording.header.unsupported()
-        if reason is not None:
-            return TraceReport(name, 0, unsupported=reason)
-        runner = Runner(recording.header, profile or Profile.parse("linux-3.1"))
+        recorded = recording.header.profile()
+        if recorded is None:
+            known = ", ".join(PROFILES)
+            return TraceReport(
+                name, 0, unsupported=f"recorded from kernel {recording.header.kernel!r}, not {known}"
+            )
+        runner = Runner(recording.header, profile or recorded)
         for line in recording.lines:
             try:
                 answer = _perform(runner, line)

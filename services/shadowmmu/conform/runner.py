@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from shadowmmu.conform.hardware import Fault, hardware_walk
+from shadowmmu.conform.hardware import Fault, Misconfiguration, Translation, hardware_walk
 from shadowmmu.conform.recording import Header, Line
 from shadowmmu.conform.state import leaf_flags
+from shadowmmu.cpu.x86 import PFERR_PRESENT_MASK
 from shadowmmu.kvm import (
     EntryStatus,
     FaultOutcome,
@@ -22,6 +23,7 @@ from shadowmmu.kvm import (
     Vcpu,
     VcpuMode,
     emulator_write_phys,
+    handle_ept_misconfig,
     host,
     kvm_mmu_change_mmu_pages,
     kvm_mmu_get_spte_hierarchy,
@@ -144,27 +146,41 @@ class Runner:
             if self._enter(vcpu).status is EntryStatus.SHUTDOWN:
                 return result | {"status": "shutdown"}
             walk = hardware_walk(vcpu, gva, kind, user)
-            if not isinstance(walk, Fault):
-                result |= {
-                    "status": "ok",
-                    "pfn": walk.pfn,
-                    "gfn": walk.gfn,
-                    "level": walk.level,
-                    "flags": leaf_flags(walk.spte, walk.level),
-                }
-                gpa = walk.gfn << 12 | gva & 0xFFF
-                if kind is InstructionKind.READ:
-                    result["value"] = self.kvm.memory.read(gpa, size)
-                elif kind is InstructionKind.WRITE:
-                    self.kvm.memory.write(gpa, size, instruction.value)
-                return result
+            if isinstance(walk, Translation):
+                return result | self._access_memory(instruction, walk)
+            if isinstance(walk, Fault) and self._bypasses(walk):
+                return result | {"status": "bypassed", "inject": [walk.error_code, gva]}
             if attempt == MAX_ATTEMPTS:
                 break
-            outcome = drive(kvm_mmu_page_fault(vcpu, gva, walk.error_code, instruction))
-            exits.append({"error_code": walk.error_code, "outcome": outcome.outcome.value})
+            if isinstance(walk, Misconfiguration):
+                outcome = drive(handle_ept_misconfig(vcpu, gva, instruction))
+            else:
+                outcome = drive(kvm_mmu_page_fault(vcpu, gva, walk.error_code, instruction))
+            error_code = "misconfig" if isinstance(walk, Misconfiguration) else walk.error_code
+            exits.append({"error_code": error_code, "outcome": outcome.outcome.value})
             if outcome.outcome is not Outcome.RETRY:
                 return result | _end_of_access(instruction, outcome)
         return result | {"status": "stuck"}
+
+    def _access_memory(self, instruction: Instruction, walk: Translation) -> Result:
+        """The access happens."""
+        result: Result = {
+            "status": "ok",
+            "pfn": walk.pfn,
+            "gfn": walk.gfn,
+            "level": walk.level,
+            "flags": leaf_flags(self.kvm, walk.spte, walk.level),
+        }
+        gpa = walk.gfn << 12 | instruction.gva & 0xFFF
+        if instruction.kind is InstructionKind.READ:
+            result["value"] = self.kvm.memory.read(gpa, instruction.size)
+        elif instruction.kind is InstructionKind.WRITE:
+            self.kvm.memory.write(gpa, instruction.size, instruction.value)
+        return result
+
+    def _bypasses(self, fault: Fault) -> bool:
+        """Whether the fault goes to the guest without an exit."""
+        return self.kvm.bypass_guest_pf and not fault.error_code & PFERR_PRESENT_MASK
 
     def invlpg(self, line: Line) -> Result:
         vcpu = self._vcpu(line)

@@ -7,11 +7,7 @@ from typing import Any
 from shadowmmu.conform.recording import canonical_json
 from shadowmmu.cpu.x86 import (
     PT64_BASE_ADDR_MASK,
-    PT64_NX_MASK,
-    PT_ACCESSED_MASK,
-    PT_DIRTY_MASK,
     PT_PAGE_SIZE_MASK,
-    PT_USER_MASK,
     PT_WRITABLE_MASK,
 )
 from shadowmmu.kvm import Kvm, ShadowPage, Vcpu, root_pages
@@ -30,16 +26,18 @@ def page_id(sp: ShadowPage) -> str:
     return f"{sp.gfn}:{role_text(sp.role)}"
 
 
-def leaf_flags(spte: int, level: int) -> str:
-    """The letters of a leaf entry."""
+def leaf_flags(kvm: Kvm, spte: int, level: int) -> str:
+    """The letters of a leaf entry; where the format has no such bit, there is no letter."""
+    fmt = kvm.spte_format
+    executable = spte & fmt.x_mask if fmt.x_mask else not spte & fmt.nx_mask
     return "".join(
         letter
         for letter, holds in (
             ("w", spte & PT_WRITABLE_MASK),
-            ("u", spte & PT_USER_MASK),
-            ("x", not spte & PT64_NX_MASK),
-            ("a", spte & PT_ACCESSED_MASK),
-            ("d", spte & PT_DIRTY_MASK),
+            ("u", spte & fmt.user_mask),
+            ("x", executable),
+            ("a", spte & fmt.accessed_mask),
+            ("d", spte & fmt.dirty_mask),
             ("h", spte & SPTE_HOST_WRITEABLE),
             ("s", level > 1 and spte & PT_PAGE_SIZE_MASK),
         )
@@ -54,11 +52,22 @@ def _entry(kvm: Kvm, sp: ShadowPage, index: int, spte: int) -> list[Json]:
     if sp.level > 1 and not spte & PT_PAGE_SIZE_MASK:
         return [index, "t", page_id(kvm.child(spte))]
     pfn = (spte & PT64_BASE_ADDR_MASK) >> 12
-    return [index, "l", pfn, leaf_flags(spte, sp.level), sp.get_gfn(index)]
+    return [index, "l", pfn, leaf_flags(kvm, spte, sp.level), sp.get_gfn(index)]
+
+
+def _runs(indices: list[int]) -> list[list[int]]:
+    """Sorted indices as [first, count] of runs."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == sum(runs[-1]):
+            runs[-1][1] += 1
+        else:
+            runs.append([index, 1])
+    return runs
 
 
 def _page(kvm: Kvm, sp: ShadowPage) -> dict[str, Json]:
-    return {
+    page: dict[str, Json] = {
         "id": page_id(sp),
         "root_count": sp.root_count,
         "unsync": int(sp.unsync),
@@ -66,8 +75,11 @@ def _page(kvm: Kvm, sp: ShadowPage) -> dict[str, Json]:
         "unsync_bitmap": sorted(sp.unsync_child_bitmap),
         "parents": pte_list_len(sp.parent_ptes),
         "slots": [i for i in range(sp.slot_bitmap.bit_length()) if sp.slot_bitmap >> i & 1],
-        "spt": [_entry(kvm, sp, index, spte) for index, spte in sorted(sp.spt.items())],
+        "spt": [_entry(kvm, sp, index, spte) for index, spte in sorted(sp.spt.items()) if spte],
     }
+    if kvm.bypass_guest_pf:
+        page["notrap"] = _runs(sorted(index for index, spte in sp.spt.items() if not spte))
+    return page
 
 
 def _page_order(page: dict[str, Json]) -> tuple[list[int], int, str]:

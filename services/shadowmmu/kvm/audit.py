@@ -14,6 +14,7 @@ import msgspec
 from shadowmmu.cpu.x86 import PT64_BASE_ADDR_MASK, PT_PAGE_SIZE_MASK, PT_WRITABLE_MASK
 from shadowmmu.kvm.constants import kvm_pages_per_hpage
 from shadowmmu.kvm.host_memory import BAD_PFN
+from shadowmmu.kvm.notrap import SHADOW_NOTRAP_NONPRESENT_PTE
 from shadowmmu.kvm.page import ShadowPage, sptep_index, sptep_page
 from shadowmmu.kvm.pte_list import pte_list_entries
 from shadowmmu.kvm.roots import root_pages
@@ -178,6 +179,23 @@ def audit_roots(kvm: Kvm) -> Iterator[str]:
             yield f"a vCPU's root at {hpa:#x} is gone"
 
 
+def audit_notrap(kvm: Kvm) -> Iterator[str]:
+    """Entries that let faults go to the guest stand only in pages in sync that follow a guest table.
+
+    (The rules of mmu_audit.c before "remove bypass_guest_pf".)
+    """
+    for sp in kvm.active_mmu_pages.values():
+        notrap = [index for index, spte in sp.spt.items() if spte == SHADOW_NOTRAP_NONPRESENT_PTE]
+        if not notrap:
+            continue
+        if not kvm.bypass_guest_pf:
+            yield f"{_where(sp, notrap[0])} is notrap, without bypass_guest_pf"
+        if sp.unsync:
+            yield f"{_where(sp, notrap[0])} is notrap in an unsync page"
+        if sp.direct:
+            yield f"{_where(sp, notrap[0])} is notrap in a direct page"
+
+
 def audit_write_count(kvm: Kvm) -> Iterator[str]:
     """Write counts are the numbers of shadowed tables in each block, plus one for incomplete blocks."""
     tables = [sp.gfn for sp in kvm.active_mmu_pages.values() if not sp.direct and not sp.invalid]
@@ -215,6 +233,7 @@ AUDIT_CHECKS: Final[dict[str, Callable[[Kvm], Iterator[str]]]] = {
         audit_parents,
         audit_unsync,
         audit_roots,
+        audit_notrap,
         audit_write_count,
         audit_page_lists,
     )

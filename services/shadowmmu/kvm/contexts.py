@@ -18,11 +18,12 @@ from shadowmmu.cpu.x86 import (
     X86_CR4_SMEP,
 )
 from shadowmmu.kvm.constants import INVALID_PAGE
-from shadowmmu.kvm.direct import nonpaging_page_fault
+from shadowmmu.kvm.direct import nonpaging_page_fault, tdp_page_fault
 from shadowmmu.kvm.effects import Operation
 from shadowmmu.kvm.errors import ConfigError
 from shadowmmu.kvm.gpte import FORMAT_32, FORMAT_64, FORMAT_PAE, GuestFormat, rsvd_bits_mask
 from shadowmmu.kvm.invlpg import paging_invlpg
+from shadowmmu.kvm.notrap import paging_prefetch_page
 from shadowmmu.kvm.page import ShadowPage
 from shadowmmu.kvm.paging import paging_page_fault, paging_sync_page, paging_update_pte
 from shadowmmu.kvm.points import Point
@@ -31,7 +32,7 @@ from shadowmmu.kvm.roots import mmu_alloc_direct_roots, mmu_alloc_shadow_roots, 
 from shadowmmu.kvm.walker import GuestWalker, walk_addr
 
 if TYPE_CHECKING:
-    from shadowmmu.kvm.vcpu import Vcpu
+    from shadowmmu.kvm.vcpu import Mmu, Vcpu
 
 T = TypeVar("T")
 
@@ -58,6 +59,17 @@ class MmuContext:
     fmt: GuestFormat | None = None  # None: the guest has no tables in this mode
     supports_nx: bool = True
 
+    def base_role(self, vcpu: Vcpu) -> int:
+        """What the roles of all shadow pages have in common that the vCPU makes; EFER.NXE is in it already."""
+        role = vcpu.mmu.base_role & ROLE_NXE
+        if vcpu.is_pae:
+            role |= ROLE_CR4_PAE
+        if vcpu.is_write_protection:
+            role |= ROLE_CR0_WP
+        elif vcpu.cr4 & X86_CR4_SMEP:
+            role |= ROLE_SMEP_ANDNOT_WP
+        return role
+
     def page_fault(self, vcpu: Vcpu, gva: int, error_code: int, prefault: bool) -> Operation[int]:
         """Handle a page fault; 1: emulate the instruction, 0: go on."""
         return paging_page_fault(vcpu, gva, error_code, prefault)
@@ -78,6 +90,10 @@ class MmuContext:
         """Map the new value of a guest entry that was just written."""
         return paging_update_pte(vcpu, sp, index, gpte)
 
+    def prefetch_page(self, vcpu: Vcpu, sp: ShadowPage) -> Operation[None]:
+        """Fill a new shadow page's non-present entries (only with bypass_guest_pf)."""
+        return paging_prefetch_page(vcpu, sp)
+
     def new_cr3(self, vcpu: Vcpu) -> Operation[None]:
         """CR3 has changed: the next entry loads another root."""
         return mmu_free_roots(vcpu)
@@ -87,25 +103,10 @@ class MmuContext:
         return mmu_alloc_shadow_roots(vcpu)
 
 
-class NonPagingContext(MmuContext):
-    """The guest's paging is off: addresses are guest physical, the shadow is a direct map of PAE form."""
+class DirectContext(MmuContext):
+    """A direct map: the shadow follows no guest table."""
 
-    name = "nonpaging"
-    root_level = 0
-    shadow_root_level = PT32E_ROOT_LEVEL
     direct_map = True
-    supports_nx = False
-
-    def page_fault(self, vcpu: Vcpu, gva: int, error_code: int, prefault: bool) -> Operation[int]:
-        """Map the frame of the address (nonpaging_page_fault)."""
-        return nonpaging_page_fault(vcpu, gva, error_code, prefault)
-
-    def gva_to_gpa(self, vcpu: Vcpu, gva: int, access: int) -> Operation[GuestWalker]:  # noqa: ARG002
-        """The address itself."""
-        walker = GuestWalker(gva)
-        walker.gfn = gva >> 12
-        walker.level = 1
-        return _done(walker)
 
     def sync_page(self, vcpu: Vcpu, sp: ShadowPage) -> Operation[bool]:  # noqa: ARG002
         """A guest table cannot be read in this mode: zap the page."""
@@ -123,9 +124,33 @@ class NonPagingContext(MmuContext):
         """CR3 has no effect now."""
         return _done(None)
 
+    def prefetch_page(self, vcpu: Vcpu, sp: ShadowPage) -> Operation[None]:  # noqa: ARG002
+        """Every entry traps."""
+        return _done(None)
+
     def alloc_roots(self, vcpu: Vcpu) -> Operation[bool]:
-        """The four roots of a direct map."""
+        """The roots of a direct map."""
         return mmu_alloc_direct_roots(vcpu)
+
+
+class NonPagingContext(DirectContext):
+    """The guest's paging is off: addresses are guest physical, the shadow is a direct map of PAE form."""
+
+    name = "nonpaging"
+    root_level = 0
+    shadow_root_level = PT32E_ROOT_LEVEL
+    supports_nx = False
+
+    def page_fault(self, vcpu: Vcpu, gva: int, error_code: int, prefault: bool) -> Operation[int]:
+        """Map the frame of the address (nonpaging_page_fault)."""
+        return nonpaging_page_fault(vcpu, gva, error_code, prefault)
+
+    def gva_to_gpa(self, vcpu: Vcpu, gva: int, access: int) -> Operation[GuestWalker]:  # noqa: ARG002
+        """The address itself."""
+        walker = GuestWalker(gva)
+        walker.gfn = gva >> 12
+        walker.level = 1
+        return _done(walker)
 
 
 class Paging64Context(MmuContext):
@@ -156,18 +181,52 @@ class Paging32Context(MmuContext):
     supports_nx = False
 
 
+class TdpContext(DirectContext):
+    """Two-dimensional paging: the processor walks the guest's tables itself, and then a direct map of guest memory.
+
+    KVM walks the guest's tables only to emulate; how, is the affair of the guest's own paging mode.
+    """
+
+    shadow_root_level = PT64_ROOT_LEVEL
+
+    def __init__(self, guest: MmuContext) -> None:
+        self.name = f"tdp-{guest.name}"
+        self.root_level = guest.root_level
+        self.fmt = guest.fmt
+        self.supports_nx = guest.supports_nx
+        self._guest = guest
+
+    def base_role(self, vcpu: Vcpu) -> int:  # noqa: ARG002
+        """Nothing of the guest's matters."""
+        return 0
+
+    def page_fault(self, vcpu: Vcpu, gva: int, error_code: int, prefault: bool) -> Operation[int]:
+        """Map the frame of the guest physical address (tdp_page_fault)."""
+        return tdp_page_fault(vcpu, gva, error_code, prefault)
+
+    def gva_to_gpa(self, vcpu: Vcpu, gva: int, access: int) -> Operation[GuestWalker]:
+        """As without two-dimensional paging."""
+        return self._guest.gva_to_gpa(vcpu, gva, access)
+
+
 NONPAGING: Final = NonPagingContext()
 PAGING64: Final = Paging64Context()
 PAGING32E: Final = Paging32EContext()
 PAGING32: Final = Paging32Context()
 
 
+TDP: Final[dict[MmuContext, TdpContext]] = {
+    guest: TdpContext(guest) for guest in (NONPAGING, PAGING64, PAGING32E, PAGING32)
+}
+"""The context of each paging mode with two-dimensional paging."""
+
+
 def initial_context() -> MmuContext:
-    """The context of a vCPU that has just been made: paging off."""
+    """The context of a vCPU that is being made; `build_context` comes next."""
     return NONPAGING
 
 
-def context_for(vcpu: Vcpu) -> MmuContext:
+def guest_context(vcpu: Vcpu) -> MmuContext:
     """The paging mode that the vCPU's registers select."""
     if not vcpu.is_paging:
         return NONPAGING
@@ -177,15 +236,23 @@ def context_for(vcpu: Vcpu) -> MmuContext:
 
 
 def build_context(vcpu: Vcpu) -> None:
-    """Build the context of the mode that the registers select (init_kvm_softmmu). There must be no root."""
+    """Build the context of the mode that the registers select (init_kvm_mmu). There must be no root."""
     mmu = vcpu.mmu
     if mmu.root_hpa != INVALID_PAGE:
         raise ConfigError("the paging context cannot change while a root is loaded")
-    context = context_for(vcpu)
+    context = guest_context(vcpu)
+    if vcpu.kvm.config.tdp is not None:
+        context = TDP[context]
     mmu.context = context
     mmu.root_level = context.root_level
     mmu.shadow_root_level = context.shadow_root_level
     mmu.direct_map = context.direct_map
+    _set_guest_format(mmu, context, vcpu)
+    mmu.base_role = context.base_role(vcpu)
+
+
+def _set_guest_format(mmu: Mmu, context: MmuContext, vcpu: Vcpu) -> None:
+    """How the guest's tables are read in this mode, and which bits its registers reserve."""
     mmu.nx = context.supports_nx and vcpu.efer & EFER_NX != 0
     if context.fmt is not None:
         mmu.fmt = fmt = context.fmt
@@ -194,14 +261,6 @@ def build_context(vcpu: Vcpu) -> None:
         mmu.rsvd_bits_mask = rsvd_bits_mask(fmt, mmu.rsvd_bits_mask, maxphyaddr, mmu.nx, pse)
         mmu.large_levels = fmt.large_levels if pse or not fmt.large_needs_pse else 0
         mmu.valid_gpte_test = PT_PRESENT_MASK | PT_ACCESSED_MASK | mmu.rsvd_bits_mask[0][0]
-    role = mmu.base_role & ROLE_NXE
-    if vcpu.is_pae:
-        role |= ROLE_CR4_PAE
-    if vcpu.is_write_protection:
-        role |= ROLE_CR0_WP
-    elif vcpu.cr4 & X86_CR4_SMEP:
-        role |= ROLE_SMEP_ANDNOT_WP
-    mmu.base_role = role
 
 
 def kvm_mmu_reset_context(vcpu: Vcpu) -> Operation[None]:

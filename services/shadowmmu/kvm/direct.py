@@ -1,7 +1,8 @@
-"""Direct maps: shadow tables that follow no guest table, because the guest's paging is off.
+"""Direct maps: shadow tables that follow no guest table.
 
-Also the direct pages that split a guest's large page into smaller host pages are prefetched here (nonpaging_map,
-__direct_map, __direct_pte_prefetch).
+They serve guests whose paging is off, and all guests with two-dimensional paging, where the processor walks the guest's
+tables itself. Also the direct pages that split a guest's large page into smaller host pages are prefetched here
+(nonpaging_map, tdp_page_fault, __direct_map, __direct_pte_prefetch).
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from shadowmmu.cpu.x86 import (
     PT_PAGE_SIZE_MASK,
     PT_PRESENT_MASK,
 )
-from shadowmmu.kvm.constants import ACC_ALL, ACC_WRITE_MASK, PTE_PREFETCH_NUM, kvm_pages_per_hpage
+from shadowmmu.kvm.constants import (
+    ACC_ALL,
+    ACC_WRITE_MASK,
+    MAX_PAGE_TABLE_LEVELS,
+    PTE_PREFETCH_NUM,
+    kvm_pages_per_hpage,
+)
 from shadowmmu.kvm.effects import MmuLock, Operation
 from shadowmmu.kvm.host import gfn_to_pfn_prot
 from shadowmmu.kvm.host_memory import BAD_PFN
@@ -34,26 +41,41 @@ from shadowmmu.kvm.zap import kvm_mmu_free_some_pages
 if TYPE_CHECKING:
     from shadowmmu.kvm.vcpu import Vcpu
 
-__all__ = ["direct_pte_prefetch", "nonpaging_page_fault"]
+__all__ = ["direct_pte_prefetch", "nonpaging_page_fault", "tdp_page_fault"]
 
 
 def nonpaging_page_fault(vcpu: Vcpu, gva: int, error_code: int, prefault: bool) -> Operation[int]:
     """A page fault of a guest whose paging is off: map the frame of the address. Returns 1 to emulate, 0 to go on."""
+    # The root is a PAE table, which has no entries of 1 GiB.
+    return _direct_page_fault(vcpu, gva, error_code, prefault, PT_DIRECTORY_LEVEL, gva & PAGE_MASK)
+
+
+def tdp_page_fault(vcpu: Vcpu, gpa: int, error_code: int, prefault: bool) -> Operation[int]:
+    """A violation with two-dimensional paging: map the frame of the guest physical address. Returns as the above."""
+    return _direct_page_fault(vcpu, gpa, error_code, prefault, MAX_PAGE_TABLE_LEVELS, 0)
+
+
+def _direct_page_fault(  # noqa: PLR0917 - the one caller is one of two lines
+    vcpu: Vcpu, gpa: int, error_code: int, prefault: bool, max_level: int, mmio_gva: int
+) -> Operation[int]:
+    """Map the frame of `gpa` by an entry of at most `max_level`; `mmio_gva` is what the MMIO cache notes for it."""
     kvm = vcpu.kvm
-    if error_code & PFERR_RSVD_MASK:
-        return handle_mmio_page_fault(vcpu, gva, direct=True)
+    if error_code & PFERR_RSVD_MASK and kvm.mmio_sptes:
+        return handle_mmio_page_fault(vcpu, gpa, direct=True)
     write = error_code & PFERR_WRITE_MASK != 0
-    gfn = gva >> 12
+    gfn = gpa >> 12
     force_pt_level = mapping_level_dirty_bitmap(kvm, gfn)
     level = 1
     if not force_pt_level:
-        level = min(mapping_level(kvm, gfn), PT_DIRECTORY_LEVEL)  # the root is a PAE table
+        level = min(mapping_level(kvm, gfn), max_level)
         gfn &= -kvm_pages_per_hpage(level)
     seq = kvm.mmu_notifier_seq
     yield Point.DIRECT_GFN_TO_PFN
     pfn, map_writable = yield from gfn_to_pfn_prot(kvm, gfn, write)
     if pfn == NO_SLOT_PFN:
-        vcpu_cache_mmio_info(vcpu, gva & PAGE_MASK, gfn, ACC_ALL)
+        vcpu_cache_mmio_info(vcpu, mmio_gva, gfn, ACC_ALL)
+        if not kvm.mmio_sptes:
+            return 1
     yield Point.DIRECT_BEFORE_LOCK
     yield MmuLock.ACQUIRE
     emulate = False

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 from shadowmmu.kvm.constants import INVALID_PAGE
 from shadowmmu.kvm.effects import Operation
 from shadowmmu.kvm.emulate import RETRY, FaultOutcome, Instruction, Outcome, x86_emulate_instruction
+from shadowmmu.kvm.mmio import handle_mmio_page_fault
 from shadowmmu.kvm.points import Point
 from shadowmmu.kvm.roots import kvm_mmu_load
 
 if TYPE_CHECKING:
     from shadowmmu.kvm.vcpu import Vcpu
 
-__all__ = ["kvm_mmu_page_fault", "page_fault", "prefault"]
+__all__ = ["handle_ept_misconfig", "kvm_mmu_page_fault", "page_fault", "prefault"]
 
 
 def page_fault(vcpu: Vcpu, gva: int, error_code: int, prefault: bool = False) -> Operation[int]:
@@ -39,6 +40,15 @@ def kvm_mmu_page_fault(
     if outcome.outcome is Outcome.MMIO:
         vcpu.kvm.stat.mmio_exits += 1
     return outcome
+
+
+def handle_ept_misconfig(vcpu: Vcpu, gpa: int, instruction: Instruction) -> Operation[FaultOutcome]:
+    """Handle the exit of an access that met a misconfigured EPT entry: that is how MMIO entries are made."""
+    vcpu.exception = None
+    if not handle_mmio_page_fault(vcpu, gpa, direct=True):
+        return RETRY
+    yield Point.EMULATE_FAULT
+    return (yield from x86_emulate_instruction(vcpu, instruction))
 
 
 def _retry_or_inject(vcpu: Vcpu) -> FaultOutcome:

@@ -14,6 +14,7 @@ from shadowmmu.kvm.constants import ACC_WRITE_MASK, PTE_PREFETCH_NUM, kvm_pages_
 from shadowmmu.kvm.direct import direct_pte_prefetch
 from shadowmmu.kvm.effects import Operation
 from shadowmmu.kvm.host_memory import BAD_PFN
+from shadowmmu.kvm.notrap import drop_invalid_gpte
 from shadowmmu.kvm.page import ShadowPage
 from shadowmmu.kvm.pages import kvm_mmu_get_page, kvm_mmu_put_page
 from shadowmmu.kvm.points import Point
@@ -184,6 +185,7 @@ def pte_prefetch(vcpu: Vcpu, sp: ShadowPage, index: int, gptes: list[int]) -> Op
     kvm = vcpu.kvm
     mmu = vcpu.mmu
     host = kvm.host
+    bypass = kvm.bypass_guest_pf
     spt = sp.spt
     present_test = kvm.spte_format.present_test
     valid_gpte_test = mmu.valid_gpte_test
@@ -191,11 +193,11 @@ def pte_prefetch(vcpu: Vcpu, sp: ShadowPage, index: int, gptes: list[int]) -> Op
     first = index & -PTE_PREFETCH_NUM
     for i, gpte in enumerate(gptes, first):
         spte = spt.get(i, 0)
-        if i == index or spte & present_test == PT_PRESENT_MASK:
+        if i == index or spte & present_test == PT_PRESENT_MASK or (bypass and i in spt):
             continue
         if gpte & valid_gpte_test != PT_PRESENT_MASK | PT_ACCESSED_MASK:
-            if spte:
-                drop_spte(kvm, sp, i)
+            if spte or bypass:
+                kvm.notrap.on_prefetch += drop_invalid_gpte(vcpu, sp, i, gpte)
             continue
         access = sp.access & gpte_access(mmu, gpte, True)
         gfn = (gpte & base_addr_mask) >> 12

@@ -85,6 +85,8 @@ def kvm_mmu_get_page(  # noqa: PLR0917 - the kernel's arguments
         if level > 1 and need_sync:
             yield from kvm_sync_pages(vcpu, gfn)
         account_shadowed(kvm, gfn, 1)
+    if kvm.bypass_guest_pf:
+        yield from mmu.context.prefetch_page(vcpu, sp)
     if kvm.trace is not None:
         kvm.trace(ShadowPageCreated(sp.serial, gfn, level, direct, role))
     return sp

@@ -23,6 +23,7 @@ from shadowmmu.kvm.host_memory import BAD_PFN
 from shadowmmu.kvm.mapping_level import mapping_level, mapping_level_dirty_bitmap, transparent_hugepage_adjust
 from shadowmmu.kvm.mmio import handle_mmio_page_fault, vcpu_cache_mmio_info
 from shadowmmu.kvm.notifiers import mmu_notifier_retry
+from shadowmmu.kvm.notrap import drop_invalid_gpte
 from shadowmmu.kvm.page import ShadowPage
 from shadowmmu.kvm.points import Point
 from shadowmmu.kvm.rmap import drop_spte
@@ -47,7 +48,7 @@ def paging_page_fault(vcpu: Vcpu, gva: int, error_code: int, prefault: bool) -> 
     `vcpu.exception`, unless it is a `prefault` (nobody waits for the access). 0 without it means: try again.
     """
     kvm = vcpu.kvm
-    if error_code & PFERR_RSVD_MASK:
+    if error_code & PFERR_RSVD_MASK and kvm.mmio_sptes:
         return handle_mmio_page_fault(vcpu, gva, direct=False)
     write_fault = error_code & PFERR_WRITE_MASK != 0
     walker = yield from walk_addr(vcpu, gva, error_code)
@@ -67,6 +68,8 @@ def paging_page_fault(vcpu: Vcpu, gva: int, error_code: int, prefault: bool) -> 
     pfn, map_writable = yield from gfn_to_pfn_prot(kvm, walker.gfn, write_fault)
     if pfn == NO_SLOT_PFN:
         vcpu_cache_mmio_info(vcpu, gva, walker.gfn, walker.pte_access)
+        if not kvm.mmio_sptes:
+            return 1
     yield Point.BEFORE_LOCK
     yield MmuLock.ACQUIRE
     emulate = False
@@ -114,7 +117,7 @@ def paging_sync_page(vcpu: Vcpu, sp: ShadowPage) -> Operation[bool]:
         else:
             base = (base >> 2) + (sp.quadrant << 9)
             entries = slot.dwords
-    for index in sorted(spt):
+    for index in sorted([index for index, spte in spt.items() if spte] if kvm.bypass_guest_pf else spt):
         if kvm.point_read_guest_memory:
             yield Point.READ_GUEST_MEMORY
         if slot is None or entries is None or sp.gfn & slot.host_mask in kvm.host.absent:
@@ -124,7 +127,7 @@ def paging_sync_page(vcpu: Vcpu, sp: ShadowPage) -> Operation[bool]:
             yield Point.GPTE_READ
         gfn = (gpte & gfmt.base_addr_mask) >> 12
         if gpte & mmu.valid_gpte_test != PT_PRESENT_MASK | PT_ACCESSED_MASK:
-            drop_spte(kvm, sp, index)
+            kvm.notrap.on_sync += drop_invalid_gpte(vcpu, sp, index, gpte)
             _dropped_without_flush(kvm)
             continue
         access = sp.access & gpte_access(mmu, gpte, True)
@@ -158,11 +161,11 @@ def paging_update_pte(vcpu: Vcpu, sp: ShadowPage, index: int, gpte: int) -> Oper
     kvm = vcpu.kvm
     mmu = vcpu.mmu
     if gpte & mmu.valid_gpte_test != PT_PRESENT_MASK | PT_ACCESSED_MASK:
-        drop_spte(kvm, sp, index)
+        kvm.notrap.on_pte_write += drop_invalid_gpte(vcpu, sp, index, gpte)
         return
     access = sp.access & gpte_access(mmu, gpte, True)
     gfn = (gpte & mmu.fmt.base_addr_mask) >> 12
     slot = kvm.gfn_to_memslot(gfn)
     pfn = NO_SLOT_PFN if slot is None else kvm.host.atomic_pfn(slot, gfn)
-    if pfn != BAD_PFN:
+    if pfn != BAD_PFN and (slot is not None or kvm.mmio_sptes):
         yield from mmu_set_spte(vcpu, sp, index, slot, access, False, False, 1, gfn, pfn, True, True)

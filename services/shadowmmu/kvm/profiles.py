@@ -1,9 +1,10 @@
 """Which kernel is simulated, and the catalogue of fixes that can be switched on and off.
 
-A profile is a base (`linux-3.1`: as released, with the bugs it really had; `fixed`: with every catalogued fix) and
-switches: `linux-3.1+tlbs-dirty-missed-wp`, `fixed-sync-drop-noflush`. A fix is *latent* if Linux 3.1 lacks it, and a
-*mutant* if Linux 3.1 has it, so that taking it out puts an older bug back. The model reads a fix as a plain boolean
-(`profile.link_before_sync`) at each place where the behaviour differs.
+A profile is a base (`linux-3.1`: as released, with the bugs it really had; `fixed`: with every catalogued fix;
+`pre-patch`: the tree just before "KVM: MMU: remove bypass_guest_pf", July 2011) and switches:
+`linux-3.1+tlbs-dirty-missed-wp`, `fixed-sync-drop-noflush`; `pre-patch+fixed` switches every fix on. A fix is *latent*
+if Linux 3.1 lacks it, and a *mutant* if Linux 3.1 has it, so that taking it out puts an older bug back. The model reads
+a fix as a plain boolean (`profile.link_before_sync`) at each place where the behaviour differs.
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ import msgspec
 
 from shadowmmu.kvm.errors import UnknownFixError, UnknownProfileError
 
-__all__ = ["BASE_PROFILES", "FIXES", "Fix", "FixStatus", "Profile"]
+__all__ = ["ALL_FIXES", "BASE_PROFILES", "FIXES", "Fix", "FixStatus", "KernelTree", "Profile"]
+
+
+class KernelTree(enum.Enum):
+    """The code that is simulated, apart from fixes."""
+
+    LINUX_3_1 = "linux-3.1"
+    PRE_PATCH = "pre-patch"  # bypass_guest_pf is there, MMIO shadow entries are not yet
 
 
 class FixStatus(enum.Enum):
@@ -85,21 +93,28 @@ FIXES: Final[dict[str, Fix]] = {
 }
 """Every fix by slug."""
 
+_IN_3_1: Final = frozenset(s for s, fix in FIXES.items() if fix.status is FixStatus.MUTANT)
+
 BASE_PROFILES: Final[dict[str, frozenset[str]]] = {
-    "linux-3.1": frozenset(s for s, fix in FIXES.items() if fix.status is FixStatus.MUTANT),
+    "linux-3.1": _IN_3_1,
     "fixed": frozenset(FIXES),
+    "pre-patch": _IN_3_1,
 }
 """The fixes that each base has on."""
 
+ALL_FIXES: Final = "fixed"
+"""The switch that stands for every fix."""
+
 
 class Profile:
-    """A kernel to simulate: a name and one boolean per fix.
+    """A kernel to simulate: a tree, a name and one boolean per fix.
 
-    `Profile.parse("fixed-link-before-sync")`; equal if the same fixes are on.
+    `Profile.parse("fixed-link-before-sync")`; equal if the tree is the same and the same fixes are on.
     """
 
     __slots__ = (
         "fixes",
+        "kernel",
         "link_before_sync",
         "name",
         "notifier_flush_outside_lock",
@@ -107,8 +122,9 @@ class Profile:
         "tlbs_dirty_missed_wp",
     )
 
-    def __init__(self, name: str, fixes: frozenset[str]) -> None:
+    def __init__(self, name: str, fixes: frozenset[str], kernel: KernelTree = KernelTree.LINUX_3_1) -> None:
         self.name = name
+        self.kernel = kernel
         self.fixes = fixes
         self.tlbs_dirty_missed_wp = "tlbs-dirty-missed-wp" in fixes
         self.link_before_sync = "link-before-sync" in fixes
@@ -129,18 +145,20 @@ class Profile:
         while rest:
             sign, rest = rest[0], rest[1:]
             # Slugs contain the sign '-': the longest known slug that fits is meant.
-            slug = max((s for s in FIXES if _is_prefix(s, rest)), key=len, default=None)
+            slug = max((s for s in (*FIXES, ALL_FIXES) if _is_prefix(s, rest)), key=len, default=None)
             if slug is None:
                 raise UnknownFixError(rest.split("+")[0], sorted(FIXES))
-            (fixes.add if sign == "+" else fixes.discard)(slug)
+            switched = FIXES if slug == ALL_FIXES else {slug}
+            (fixes.update if sign == "+" else fixes.difference_update)(switched)
             rest = rest[len(slug) :]
-        return cls(text, frozenset(fixes))
+        kernel = KernelTree.PRE_PATCH if base == KernelTree.PRE_PATCH.value else KernelTree.LINUX_3_1
+        return cls(text, frozenset(fixes), kernel)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Profile) and self.fixes == other.fixes
+        return isinstance(other, Profile) and (self.kernel, self.fixes) == (other.kernel, other.fixes)
 
     def __hash__(self) -> int:
-        return hash(self.fixes)
+        return hash((self.kernel, self.fixes))
 
     def __repr__(self) -> str:
         return f"Profile({self.name!r})"

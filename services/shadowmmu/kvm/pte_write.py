@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from shadowmmu.cpu.x86 import PAGE_OFFSET_MASK, PT64_BASE_ADDR_MASK, PT64_NX_MASK
+from shadowmmu.cpu.x86 import PAGE_OFFSET_MASK, PT64_BASE_ADDR_MASK
 from shadowmmu.kvm.constants import LAST_PT_WRITE_FLOOD
 from shadowmmu.kvm.effects import MmuLock, Operation
 from shadowmmu.kvm.page import ShadowPage
@@ -33,7 +33,7 @@ def need_remote_flush(kvm: Kvm, old: int, new: int) -> bool:
         return False
     if not fmt.is_shadow_present(new) or (old ^ new) & PT64_BASE_ADDR_MASK:
         return True
-    return (old ^ PT64_NX_MASK) & ~(new ^ PT64_NX_MASK) & PT64_PERM_MASK != 0
+    return (old ^ fmt.nx_mask) & ~(new ^ fmt.nx_mask) & PT64_PERM_MASK != 0
 
 
 def _detect_flood(vcpu: Vcpu, gfn: int) -> bool:

@@ -137,4 +137,5 @@ def set_regs(vcpu: Vcpu, cr0: int, cr3: int, cr4: int, efer: int) -> Operation[N
 
 def _set_role_nxe(vcpu: Vcpu) -> None:
     mmu = vcpu.mmu
-    mmu.base_role = mmu.base_role & ~ROLE_NXE | (ROLE_NXE if vcpu.efer & EFER_NX else 0)
+    nxe = vcpu.efer & EFER_NX and vcpu.kvm.config.tdp is None
+    mmu.base_role = mmu.base_role & ~ROLE_NXE | (ROLE_NXE if nxe else 0)

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Final
 
 from shadowmmu.cpu.x86 import (
     PT64_BASE_ADDR_MASK,
-    PT64_NX_MASK,
     PT_PAGE_SIZE_MASK,
     PT_PRESENT_MASK,
     PT_USER_MASK,
@@ -60,7 +59,7 @@ def make_spte(  # noqa: PLR0917 - the kernel's arguments
     fmt = kvm.spte_format
     if slot is None:
         return fmt.mmio_spte(gfn, pte_access), False
-    spte = PT_PRESENT_MASK | pfn << 12
+    spte = PT_PRESENT_MASK | pfn << 12 | fmt.leaf_bits
     if not speculative:
         spte |= fmt.accessed_mask
     spte |= fmt.x_mask if pte_access & ACC_EXEC_MASK else fmt.nx_mask
@@ -82,7 +81,7 @@ def make_spte(  # noqa: PLR0917 - the kernel's arguments
         if not pte_access & ACC_WRITE_MASK and not vcpu.mmu.direct_map:
             spte &= ~PT_USER_MASK
             if vcpu.cr4 & X86_CR4_SMEP:
-                spte |= PT64_NX_MASK
+                spte |= fmt.nx_mask
         if not can_unsync and current & PT_WRITABLE_MASK:
             return spte, False
         if gfn in kvm.mmu_page_hash and mmu_need_write_protect(kvm, gfn, can_unsync):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-__all__ = ["KvmStat"]
+__all__ = ["COUNTERS", "KvmStat", "NotrapStat"]
 
 
 @dataclass(slots=True)
@@ -44,3 +44,18 @@ class KvmStat:
 
 COUNTERS = tuple(f.name for f in fields(KvmStat) if f.name != "mmu_unsync_highest")
 """Names of the counters that recordings of the real code have."""
+
+
+@dataclass(slots=True)
+class NotrapStat:
+    """Shadow entries that became "notrap", by where, and those that became "trap" again because a page went unsync."""
+
+    prefetched: int = 0  # prefetch_page: a new shadow page
+    on_sync: int = 0
+    on_prefetch: int = 0  # neighbours of a fault
+    on_pte_write: int = 0
+    converted: int = 0  # mmu_convert_notrap
+
+    def counters(self) -> dict[str, int]:
+        """The counters by name: `notrap.prefetched` and so on."""
+        return {f"notrap.{f.name}": getattr(self, f.name) for f in fields(self)}

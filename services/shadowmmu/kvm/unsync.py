@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from shadowmmu.cpu.x86 import PT64_BASE_ADDR_MASK, PT64_ROOT_LEVEL, PT_PAGE_SIZE_MASK, PT_PRESENT_MASK
 from shadowmmu.kvm.constants import KVM_PAGE_ARRAY_NR
+from shadowmmu.kvm.notrap import mmu_convert_notrap
 from shadowmmu.kvm.page import ShadowPage
 from shadowmmu.kvm.pte_list import pte_list_entries
 from shadowmmu.protocol.events import ShadowPageSynced, ShadowPageUnsynced
@@ -53,6 +54,8 @@ def kvm_unsync_page(kvm: Kvm, sp: ShadowPage) -> None:
     if kvm.trace is not None:
         kvm.trace(ShadowPageUnsynced(sp.serial, sp.gfn))
     kvm_mmu_mark_parents_unsync(kvm, sp)
+    if kvm.bypass_guest_pf:
+        mmu_convert_notrap(kvm, sp)
 
 
 def kvm_unlink_unsync_page(kvm: Kvm, sp: ShadowPage, zapped: bool = False) -> None:

@@ -19,11 +19,12 @@ from shadowmmu.kvm.host_memory import HostMemory
 from shadowmmu.kvm.memslots import KvmMemorySlot, MemorySlot, check_memslots
 from shadowmmu.kvm.page import SHADOW_PAGE_BASE, ShadowPage
 from shadowmmu.kvm.points import MEMORY_POINTS, Point
-from shadowmmu.kvm.profiles import Profile
-from shadowmmu.kvm.spte import SpteFormat, shadow_format
-from shadowmmu.kvm.stats import KvmStat
+from shadowmmu.kvm.profiles import KernelTree, Profile
+from shadowmmu.kvm.spte import SHADOW_TRAP_NONPRESENT_PTE, SpteFormat, ept_format, shadow_format
+from shadowmmu.kvm.stats import KvmStat, NotrapStat
 from shadowmmu.kvm.vcpu import Vcpu
 from shadowmmu.protocol.events import Event
+from shadowmmu.protocol.messages import Tdp
 
 __all__ = ["Kvm", "KvmConfig"]
 
@@ -32,7 +33,9 @@ class KvmConfig(msgspec.Struct, frozen=True):
     """What a virtual machine is made of.
 
     `n_max_mmu_pages` limits the shadow pages in use. `host_phys_bits` (40 to 51) is where the bits begin that mark
-    MMIO shadow entries; `guest_maxphyaddr` (32 to 51) where the guest's reserved address bits begin.
+    MMIO shadow entries; `guest_maxphyaddr` (32 to 51) where the guest's reserved address bits begin. `tdp`: the format
+    of two-dimensional paging, None for shadow paging. `bypass_guest_pf`: the module parameter of that name, in a tree
+    that has it.
     """
 
     memslots: tuple[MemorySlot, ...]
@@ -40,6 +43,8 @@ class KvmConfig(msgspec.Struct, frozen=True):
     host_phys_bits: int = 40
     guest_maxphyaddr: int = 36
     profile: Profile = Profile.parse("linux-3.1")
+    tdp: Tdp | None = None
+    bypass_guest_pf: bool = False
 
     def check(self) -> None:
         """Raises ConfigError if a machine cannot be made from this."""
@@ -52,6 +57,10 @@ class KvmConfig(msgspec.Struct, frozen=True):
             raise ConfigError(f"host_phys_bits is {self.host_phys_bits}, must be 40 to 51")
         if not 32 <= self.guest_maxphyaddr <= 51:
             raise ConfigError(f"guest_maxphyaddr is {self.guest_maxphyaddr}, must be 32 to 51")
+        if self.bypass_guest_pf and self.profile.kernel is not KernelTree.PRE_PATCH:
+            raise ConfigError(f"profile {self.profile.name} has no bypass_guest_pf: only pre-patch has it")
+        if self.bypass_guest_pf and self.tdp is not None:
+            raise ConfigError("there is no bypass_guest_pf with two-dimensional paging")
 
 
 class Kvm:
@@ -59,6 +68,9 @@ class Kvm:
 
     `trace`, if given, is called with each event of the model as it happens. `memory_points` are the memory points
     that operations yield; none at first.
+
+    `mmio_sptes`: frames without memory get shadow entries of their own. `shadow_trap_nonpresent_pte`: the value of
+    entries that a shadow page's `spt` does not hold.
 
     `page_header` finds a shadow page by the address of its table; `mmu_page_hash` the pages of a guest frame, oldest
     first; `active_mmu_pages` holds all pages in use by address, oldest first (recycling takes the first).
@@ -69,23 +81,27 @@ class Kvm:
         "_memory_points",
         "_next_serial",
         "active_mmu_pages",
+        "bypass_guest_pf",
         "config",
         "host",
         "indirect_shadow_pages",
         "invlpg_counter",
         "memory",
         "memslots",
+        "mmio_sptes",
         "mmu_notifier_count",
         "mmu_notifier_seq",
         "mmu_page_hash",
         "n_max_mmu_pages",
         "n_requested_mmu_pages",
         "n_used_mmu_pages",
+        "notrap",
         "page_header",
         "point_gpte_read",
         "point_read_guest_memory",
         "point_spte_update",
         "profile",
+        "shadow_trap_nonpresent_pte",
         "spte_format",
         "stat",
         "tlbs_dirty",
@@ -98,7 +114,12 @@ class Kvm:
         self.config = config
         self.profile = config.profile
         self.trace = trace
-        self.spte_format: SpteFormat = shadow_format(config.host_phys_bits)
+        self.spte_format: SpteFormat = (
+            ept_format() if config.tdp is Tdp.EPT else shadow_format(config.host_phys_bits)
+        )
+        self.mmio_sptes = config.profile.kernel is not KernelTree.PRE_PATCH
+        self.bypass_guest_pf = config.bypass_guest_pf
+        self.shadow_trap_nonpresent_pte = SHADOW_TRAP_NONPRESENT_PTE if config.bypass_guest_pf else 0
         self.memslots = tuple(
             KvmMemorySlot(slot) for slot in sorted(config.memslots, key=lambda s: s.base_gfn)
         )
@@ -106,6 +127,7 @@ class Kvm:
         self.memory = GuestMemory(self.memslots)
         self.host = HostMemory(self)
         self.stat = KvmStat()
+        self.notrap = NotrapStat()
         self.vcpus: list[Vcpu] = []
         self.page_header: dict[int, ShadowPage] = {}
         self.mmu_page_hash: dict[int, list[ShadowPage]] = {}
@@ -161,6 +183,10 @@ class Kvm:
     def child(self, spte: int) -> ShadowPage:
         """The shadow page that a table entry leads to."""
         return self.page_header[spte & PT64_BASE_ADDR_MASK]
+
+    def bypass_counters(self) -> dict[str, int]:
+        """What became of "notrap" entries, by name; empty in a kernel that has no bypass_guest_pf."""
+        return {} if self.mmio_sptes else self.notrap.counters()
 
     def new_shadow_page(self, gfn: int, role: int) -> ShadowPage:
         """Allocate a shadow page; its address is never used again."""

@@ -78,8 +78,9 @@ def kvm_mmu_prepare_zap_page(kvm: Kvm, sp: ShadowPage, invalid_list: list[Shadow
     zapped = 0
     if sp.unsync_children and sp.level > 1:
         zapped = yield from mmu_zap_unsync_children(kvm, sp, invalid_list)
-    for index in list(sp.spt):
+    for index in [index for index, spte in sp.spt.items() if spte]:
         mmu_page_zap_pte(kvm, sp, index)
+    sp.spt.clear()
     while sp.parent_ptes:
         sptep = pte_list_first(sp.parent_ptes)
         drop_parent_pte(sp, kvm.page_header[sptep & ~0xFFF], (sptep & 0xFFF) >> 3)
