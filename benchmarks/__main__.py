@@ -7,6 +7,7 @@ import argparse
 from benchmarks.figures import Figure, print_figures
 from benchmarks.model import page_faults
 from benchmarks.service import requests_per_second
+from benchmarks.side_by_side import model_against
 from benchmarks.stress import accesses_per_second
 
 
@@ -15,8 +16,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=3, help="measurements per figure")
     parser.add_argument("--only", choices=["model", "service", "stress"], help="only these")
+    parser.add_argument(
+        "--against", metavar="REVISION", help="the model's speed against this commit's, and no more"
+    )
     arguments = parser.parse_args()
     figures: list[Figure] = []
+    if arguments.against is not None:
+        print_figures(model_against(arguments.against, arguments.runs))
+        return
     if arguments.only in (None, "model"):
         figures.append(page_faults(arguments.runs))
     if arguments.only in (None, "service"):

@@ -8,6 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from shadowmmu.cli.main import app
+from shadowmmu.coordinator import decode_report
+from shadowmmu.protocol.messages import Workload
 
 COMMANDS = [
     [],
@@ -25,10 +27,20 @@ COMMANDS = [
 ]
 
 
+CONFIGURING = [
+    "SHADOWMMU_VCPUS",
+    "SHADOWMMU_WORKLOAD",
+    "SHADOWMMU_MODE",
+    "SHADOWMMU_TDP",
+    "SHADOWMMU_BYPASS_GUEST_PF",
+]
+
+
 @pytest.fixture
 def runner(monkeypatch: pytest.MonkeyPatch) -> CliRunner:
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.delenv("SHADOWMMU_VCPUS", raising=False)
+    for name in CONFIGURING:
+        monkeypatch.delenv(name, raising=False)
     return CliRunner()
 
 
@@ -62,6 +74,18 @@ def test_every_command_has_help(runner: CliRunner, command: list[str]) -> None:
         (["stress", "--profile", "linux-9"], "unknown profile 'linux-9'"),
         (["stress", "--profile", "fixed+nothing"], "nothing"),
         (["stress", "--profile", "x" * 100], "--profile"),
+        (["stress", "--mode", "real"], "--mode"),
+        (["stress", "--mode", "pae", "--workload", "anon"], "anon is a program of 64-bit paging"),
+        (["stress", "--mode", "mixed", "--workload", "mixed"], "--mode mixed runs workload modes only"),
+        (["stress", "--tdp", "shadow"], "--tdp"),
+        (["stress", "--tdp", "ept", "--mode", "pae"], "nonpaging, not pae"),
+        (["stress", "--tdp", "npt", "--workload", "huge"], "--tdp npt runs workload modes only"),
+        (["stress", "--bypass-guest-pf"], "profile fixed has none"),
+        (["stress", "--bypass-guest-pf", "--profile", "linux-3.1"], "profile linux-3.1 has none"),
+        (["stress", "--bypass-guest-pf", "--profile", "pre-patch", "--tdp", "ept"], "none with --tdp"),
+        (["serve", "mmu", "--mode", "pae", "--workload", "anon"], "64-bit paging"),
+        (["serve", "coordinator", "--tdp", "ept", "--mode", "pae"], "nonpaging, not pae"),
+        (["serve", "coordinator", "--bypass-guest-pf"], "profile fixed has none"),
         (["stress", "--park-rate", "1.5"], "--park-rate"),
         (["stress", "--host-rate", "-1"], "--host-rate"),
         (["stress", "--memory-pages", "12"], "--memory-pages"),
@@ -103,6 +127,35 @@ def test_an_empty_number_of_vcpus_in_the_environment_is_none(
     result = runner.invoke(app, ["serve", "coordinator", "--bind", "nowhere"])
     assert "SHADOWMMU_VCPUS" in result.output
     assert result.exit_code == 64
+
+
+def test_empty_settings_in_the_environment_are_none(
+    runner: CliRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in CONFIGURING:
+        monkeypatch.setenv(name, "")
+    result = runner.invoke(app, ["serve", "coordinator", "--bind", "nowhere"])
+    assert "'nowhere' is no address" in result.output
+    result = runner.invoke(app, ["stress", "--in-process", "--ops=200", "--json"])
+    assert decode_report(result.stdout.encode()).config.workload is Workload.MIXED
+
+
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("SHADOWMMU_WORKLOAD", "nothing", "SHADOWMMU_WORKLOAD"),
+        ("SHADOWMMU_MODE", "real", "SHADOWMMU_MODE"),
+        ("SHADOWMMU_TDP", "shadow", "SHADOWMMU_TDP"),
+        ("SHADOWMMU_BYPASS_GUEST_PF", "1", "profile fixed has none"),
+    ],
+)
+def test_settings_in_the_environment_are_checked_as_options_are(
+    runner: CliRunner, monkeypatch: pytest.MonkeyPatch, name: str, value: str, words: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    result = runner.invoke(app, ["serve", "coordinator", "--bind", "tcp://127.0.0.1:*"])
+    assert result.exit_code == 64, result.output
+    assert words in result.output
 
 
 def test_profiles_lists_profiles_and_fixes(runner: CliRunner) -> None:

@@ -13,6 +13,7 @@ from shadowmmu.checker import Checker
 from shadowmmu.coordinator import decode_report, encode_report, render_report, write_report
 from shadowmmu.coordinator.aggregate import merge_counters, merge_histograms
 from shadowmmu.coordinator.coverage import WAIT_POINTS, Frequency, coverage_of
+from shadowmmu.coordinator.page_faults import PageFaultReport, page_faults_of
 from shadowmmu.coordinator.report import (
     EXIT_STATUS,
     SCHEMA,
@@ -221,6 +222,68 @@ def test_a_run_that_never_began_has_no_tables() -> None:
     with console.capture() as capture:
         console.print(render_report(report))
     assert "Kernel counters" not in capture.get()
+
+
+BYPASS = m.RunConfig(profile="pre-patch+fixed", bypass_guest_pf=True)
+FAULTS = {
+    "vcpu.instructions": 2000,
+    "vcpu.bypassed": 40,
+    "exits.halt": 3,
+    "exits.page_fault": 100,
+    "outcome.vcpu.page_fault.retry": 90,
+    "outcome.vcpu.page_fault.inject": 10,
+    "kvm.notrap.prefetched": 700,
+    "kvm.notrap.on_sync": 5,
+}
+
+
+def test_page_faults_without_an_exit_are_told_of_kernels_that_have_them() -> None:
+    faults = page_faults_of(BYPASS, FAULTS)
+    assert faults == PageFaultReport(
+        bypass_guest_pf=True,
+        instructions=2000,
+        bypassed=40,
+        exits={
+            "external_interrupt": 0,
+            "halt": 3,
+            "invlpg": 0,
+            "page_fault": 100,
+            "register_write": 0,
+            "send_ipi": 0,
+        },
+        handled={"inject": 10, "retry": 90},
+        notrap={"on_sync": 5, "prefetched": 700},
+    )
+    assert faults.guest_faults == 50
+    assert page_faults_of(m.RunConfig(), FAULTS) is None
+
+
+def test_the_table_of_page_faults_has_its_lines_also_if_nothing_happened() -> None:
+    off = m.RunConfig(profile="pre-patch")
+    shown = {}
+    for config, counters in ((BYPASS, FAULTS), (off, {"kvm.notrap.prefetched": 0})):
+        report = make_report(config=config, counters=counters, page_faults=page_faults_of(config, counters))
+        assert decode_report(encode_report(report)) == report
+        console = Console(width=140, force_terminal=False)
+        with console.capture() as capture:
+            console.print(render_report(report))
+        shown[config.bypass_guest_pf] = " ".join(capture.get().split())
+    assert "Page faults without an exit (bypass_guest_pf on)" in shown[True]
+    assert "delivered without an exit 40 20.00" in shown[True]
+    assert "page fault exits 100 50.00" in shown[True]
+    assert "notrap entries, on sync 5 2.50" in shown[True]
+    assert "halt exits 3 1.50" in shown[True]
+    assert "Page faults without an exit (bypass_guest_pf off)" in shown[False]
+    assert "delivered without an exit 0 0.00" in shown[False]
+    assert "page fault exits 0 0.00" in shown[False]
+
+
+def test_the_verdict_names_another_paging_mode() -> None:
+    config = m.RunConfig(workload=m.Workload.MODES, mode=m.GuestMode.NONPAGING, tdp=m.Tdp.EPT)
+    console = Console(width=140, force_terminal=False)
+    with console.capture() as capture:
+        console.print(render_report(make_report(config=config)))
+    assert "workload modes (nonpaging), ept, profile fixed" in capture.get()
 
 
 def test_throughput_needs_time() -> None:

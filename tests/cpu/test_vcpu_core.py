@@ -444,6 +444,65 @@ def test_a_walk_without_the_rights_asked_for_is_the_services_fault() -> None:
         bench.walked(walk, flags=int(AccessFlag.MAY_WRITE))
 
 
+# --- faults that do not exit, and misconfigurations -----------------------------------------------------------------
+
+
+def bypassing() -> Bench:
+    """A processor on which only faults on present entries exit."""
+    bench = Bench(touches(page(1, WRITE), page(2)))
+    bench.core.receive(m.Attached(0, 1, vpid=True, heartbeat=1.0, pfec_mask=1, pfec_match=1))
+    return bench
+
+
+def test_a_fault_that_the_filter_lets_through_goes_to_the_program_without_an_exit() -> None:
+    bench = bypassing()
+    walk = bench.walk()
+    bench.core.receive(m.WalkFault(bench.entry, walk.walk, 2))
+    assert bench.program.told == [("page_fault", 2, walk.gva)]
+    assert bench.core.take_output() == []
+    counters = bench.core.counters()
+    assert counters["vcpu.bypassed"] == 1
+    assert "vcpu.exits.page_fault" not in counters
+    again = bench.walk()
+    assert (again.gva, again.entry) == (walk.gva, bench.entry), "in the same entry, executed again"
+
+
+def test_a_fault_that_does_not_exit_removes_the_translations_of_its_page() -> None:
+    bench = Bench(touches(page(1), page(1, WRITE), page(1)))
+    bench.core.receive(m.Attached(0, 1, vpid=True, heartbeat=1.0, pfec_mask=1, pfec_match=1))
+    bench.walked(bench.walk(), flags=int(AccessFlag.MAY_USER))
+    walk = bench.walk()
+    bench.core.receive(m.WalkFault(bench.entry, walk.walk, 2))
+    assert len(bench.core.tlb) == 0
+
+
+def test_a_fault_that_fits_the_filter_exits() -> None:
+    bench = bypassing()
+    walk = bench.walk()
+    bench.core.receive(m.WalkFault(bench.entry, walk.walk, 1 | 2 | 8))
+    (exit_,) = bench.core.take_output()
+    assert exit_ == m.Exit(bench.entry, m.PageFaultExit(walk.gva, 11, m.Instruction(WRITE, 8, 2)))
+    assert bench.program.told == []
+
+
+def test_an_abandoned_walk_delivers_no_fault() -> None:
+    bench = bypassing()
+    walk = bench.walk()
+    bench.core.receive(m.Kick(bench.entry))
+    bench.core.receive(m.WalkFault(bench.entry, walk.walk, 2))
+    assert bench.program.told == []
+
+
+def test_a_misconfiguration_exits_and_may_complete_the_instruction() -> None:
+    bench = Bench(UsedLoad(0x1008))
+    walk = bench.walk()
+    bench.core.receive(m.WalkFault(bench.entry, walk.walk, 0, misconfig=True))
+    (exit_,) = bench.core.take_output()
+    assert exit_ == m.Exit(bench.entry, m.EptMisconfigExit(0x1008, m.Instruction(int(AccessFlag.USED))))
+    bench.enter(completed=m.Completed(77, mmio=True))
+    assert bench.program.told == [("retired", "UsedLoad", 77)]
+
+
 # --- any order ---------------------------------------------------------------------------------------------------------
 
 OPS = st.one_of(

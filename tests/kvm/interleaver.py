@@ -15,10 +15,12 @@ from shadowmmu.kvm import (
     Instruction,
     InstructionKind,
     Kick,
+    MemorySlot,
     MmuLock,
     Operation,
     Outcome,
     Point,
+    Srcu,
     Vcpu,
     VcpuMode,
     host,
@@ -28,6 +30,7 @@ from shadowmmu.kvm import (
     kvm_mmu_page_fault,
     kvm_mmu_zap_all,
     kvm_set_cr3,
+    kvm_set_memory_region,
     kvm_vm_ioctl_get_dirty_log,
     mmu_audit,
     mmu_shrink,
@@ -43,6 +46,8 @@ L2S = (18, 19)
 LEAF_TABLES = range(20, 24)
 DATA = range(32, 52)  # frames that the guest maps, and now and then uses as tables
 ENTRIES = 5  # entries in use at the start of each table
+DEVICE_BASES, DEVICE_PAGES = (64, 72), 16  # of a slot that comes, moves and goes
+DEVICE = range(64, 88)
 
 
 class Task:
@@ -54,12 +59,18 @@ class Task:
         self.vcpu = vcpu
         self.effect: object = None
         self.waiting: list[tuple[int, int]] = []  # kicked (vCPU, entry) that have not left yet
+        self.readers: list[Task] = []  # that may know the old memory slots
 
 
 class Interleaver:
-    """`run(steps)` makes that many random choices; raises AssertionError at the first check that fails."""
+    """`run(steps)` makes that many random choices; raises AssertionError at the first check that fails.
 
-    def __init__(self, seed: int, profile: str = "fixed", vcpus: int = 3, checks: bool = True) -> None:
+    With `memslots`, a slot comes, moves and goes, and guests use its frames too.
+    """
+
+    def __init__(
+        self, seed: int, profile: str = "fixed", vcpus: int = 3, checks: bool = True, memslots: bool = False
+    ) -> None:
         self.random = Random(seed)
         self.world = World(vcpus, profile, npages=64)
         self.kvm = self.world.kvm
@@ -68,6 +79,8 @@ class Interleaver:
         self.tasks: list[Task] = []
         self.owner: Task | None = None
         self.checks = checks
+        self.data = (*DATA, *DEVICE) if memslots else tuple(DATA)
+        self.memslots = memslots
         self.revoked: set[int] = set()
         self.seen: Counter[str] = Counter()
         self._current: object = None
@@ -91,18 +104,22 @@ class Interleaver:
         if table == L3:
             return random.choice(L2S), random.choice((TABLE, TABLE, P | U | A))
         if table in L2S:
-            return random.choice((*LEAF_TABLES, random.choice(DATA))), random.choice((TABLE, TABLE, 0))
+            return random.choice((*LEAF_TABLES, random.choice(self.data))), random.choice((TABLE, TABLE, 0))
         bits = random.choice((0, PAGE, PAGE, PAGE, P | U | A, P | W | U | A, P | W | U))
-        return random.choice((*LEAF_TABLES, *DATA)), bits
+        return random.choice((*LEAF_TABLES, *self.data)), bits
 
     def run(self, steps: int) -> None:
+        self.run_unaudited(steps)
+        assert mmu_audit(self.kvm) == []
+
+    def run_unaudited(self, steps: int) -> None:
+        """The same for a kernel whose bugs may leave its structures broken."""
         for _ in range(steps):
             self._step()
             self._check()
         while self.tasks:  # let everything end
             self._finish_some()
             self._check()
-        assert mmu_audit(self.kvm) == []
 
     # One step
 
@@ -145,6 +162,8 @@ class Interleaver:
                 and self.world.vcpus[vcpu_id].mode is not VcpuMode.OUTSIDE_GUEST_MODE
             ]
             return not task.waiting
+        if task.effect is Srcu.SYNCHRONIZE:
+            return not any(reader in self.tasks for reader in task.readers)
         return True
 
     def _resume(self, task: Task) -> None:
@@ -164,6 +183,8 @@ class Interleaver:
             self.seen[task.effect.name] += 1
         elif isinstance(task.effect, Kick):
             task.waiting = [(vcpu_id, self.entries[vcpu_id]) for vcpu_id in task.effect.vcpus]
+        elif task.effect is Srcu.SYNCHRONIZE:
+            task.readers = [other for other in self.tasks if other.vcpu is not None]
         elif task.effect is MmuLock.RELEASE:
             assert self.owner is task
             self.owner = None
@@ -246,6 +267,9 @@ class Interleaver:
 
     def _start_host(self) -> None:
         random, kvm = self.random, self.kvm
+        if self.memslots and random.random() < 0.5:
+            self._start("set_memory_region", self._set_memory_region())
+            return
         gfn = random.choice((*LEAF_TABLES, *DATA, *DATA))
         name, operation = random.choice(
             (
@@ -265,6 +289,18 @@ class Interleaver:
             )
         )()
         self._start(name, operation)
+
+    def _set_memory_region(self) -> Operation[None]:
+        """The slot of the device comes, moves or goes; its memory goes with it."""
+        kvm = self.kvm
+        old = kvm.memslot(1)
+        base = self.random.choice(DEVICE_BASES)
+        log = self.random.choice((True, False, None))
+        if old is not None and self.random.random() < 0.4:
+            slot = yield from kvm_set_memory_region(kvm, MemorySlot(1, base, 0))
+            yield from host.munmap(kvm, slot)
+        else:
+            yield from kvm_set_memory_region(kvm, MemorySlot(1, base, DEVICE_PAGES), log)
 
     # Checks
 

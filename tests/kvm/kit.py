@@ -72,7 +72,10 @@ def points(operation: Operation[Any]) -> Iterator[Effect]:
 
 
 class Running:
-    """An operation that a test runs step by step."""
+    """An operation that a test runs step by step.
+
+    Whose operations `Srcu.SYNCHRONIZE` waits for is the test's business.
+    """
 
     def __init__(self, world: "World", operation: Operation[Any]) -> None:
         self._world = world
@@ -203,13 +206,14 @@ class World:
         return True
 
     def _perform(self, pfn: int, gva: int, write: bool, value: int) -> int:
-        gfn = self.kvm.host.gfn_of(pfn)
-        assert gfn is not None
-        gpa = gfn << 12 | gva & 0xFFF
+        located = self.kvm.host.locate(pfn)
+        assert located is not None
+        memory, page = located
+        offset = page - memory.base << 12 | gva & 0xFFF
         if write:
-            self.kvm.memory.write(gpa, 8, value)
+            memory.write(offset, 8, value)
             return value
-        return self.kvm.memory.read(gpa, 8)
+        return memory.read(offset, 8)
 
     # What must hold
 

@@ -20,10 +20,21 @@ def test_the_fixed_kernel_protects_tables_and_revoked_frames(seed: int) -> None:
     Interleaver(seed, "fixed").run(6000)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_the_fixed_kernel_does_so_while_memory_slots_come_and_go(seed: int) -> None:
+    Interleaver(seed, "fixed", memslots=True).run(6000)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_kernel_with_bugs_in_its_memory_slots_goes_on(seed: int) -> None:
+    for profile in ("linux-3.1", "linux-3.1-memslot-delete-flush"):
+        Interleaver(seed, profile, checks=False, memslots=True).run_unaudited(6000)
+
+
 def test_points_are_reached() -> None:
     seen: set[str] = set()
     for seed in range(6):
-        interleaver = Interleaver(seed, "linux-3.1", checks=False)
+        interleaver = Interleaver(seed, "linux-3.1+gpa-base-change", checks=False, memslots=seed % 2 == 0)
         interleaver.run(8000)
         seen.update(interleaver.seen)
     not_of_this_guest = {

@@ -4,12 +4,13 @@ from shadowmmu.kvm import BASE_PROFILES, FIXES, FixStatus, Profile, UnknownFixEr
 
 
 def test_the_bases() -> None:
-    assert Profile.parse("linux-3.1").fixes == {"sync-drop-noflush"}
+    assert Profile.parse("linux-3.1").fixes == {"sync-drop-noflush", "memslot-delete-flush"}
     assert Profile.parse("fixed").fixes == set(FIXES)
 
 
 def test_switches_apply_in_order() -> None:
-    assert Profile.parse("linux-3.1+link-before-sync-sync-drop-noflush").fixes == {"link-before-sync"}
+    switched = Profile.parse("linux-3.1+link-before-sync-sync-drop-noflush").fixes
+    assert switched == {"link-before-sync", "memslot-delete-flush"}
     assert Profile.parse("fixed-link-before-sync+link-before-sync") == Profile.parse("fixed")
     assert Profile.parse("fixed-link-before-sync").name == "fixed-link-before-sync"
 

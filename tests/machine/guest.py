@@ -14,10 +14,32 @@ FIRST_PFN = 0x100000
 WRITE = int(AccessFlag.WRITE)
 
 
-def boot(vcpu: int) -> list[m.HostOperation]:
-    words = [((TABLES + level) << 12, (TABLES + level + 1) << 12 | ENTRY) for level in range(3)]
-    words += [((TABLES + 3) * 4096 + 8 * page, page << 12 | ENTRY) for page in range(512)]
-    return [m.WritePhys(words), m.SetRegisters(vcpu, 0x80010011, TABLES << 12, 0x20, 0xD00)]
+PAGING_ON, PAGING_OFF = 0x80010011, 0x11
+
+
+def boot(vcpu: int, mode: m.GuestMode) -> list[m.HostOperation]:
+    """The tables of the mode, and the vCPU's registers."""
+    last = [page << 12 | ENTRY for page in range(512)]
+    match mode:
+        case m.GuestMode.PAE:  # a PDPTE has no rights
+            words = [(TABLES << 12, (TABLES + 1) << 12 | 1), ((TABLES + 1) << 12, (TABLES + 2) << 12 | ENTRY)]
+            words += [((TABLES + 2) * 4096 + 8 * page, entry) for page, entry in enumerate(last)]
+            registers = PAGING_ON, TABLES << 12, 0x20, 0
+        case m.GuestMode.PAGING32:  # entries of 4 bytes
+            words = [(TABLES << 12, (TABLES + 1) << 12 | ENTRY)]
+            words += [
+                ((TABLES + 1) * 4096 + 4 * page, last[page + 1] << 32 | last[page])
+                for page in range(0, 512, 2)
+            ]
+            registers = PAGING_ON, TABLES << 12, 0, 0
+        case m.GuestMode.NONPAGING:
+            words = [(TABLES << 12, 0)]
+            registers = PAGING_OFF, 0, 0, 0
+        case _:
+            words = [((TABLES + level) << 12, (TABLES + level + 1) << 12 | ENTRY) for level in range(3)]
+            words += [((TABLES + 3) * 4096 + 8 * page, entry) for page, entry in enumerate(last)]
+            registers = PAGING_ON, TABLES << 12, 0x20, 0xD00
+    return [m.WritePhys(words), m.SetRegisters(vcpu, *registers)]
 
 
 class Driven:
@@ -34,7 +56,7 @@ class Driven:
         self.done: list[HostDone] = []
         for vcpu in range(vcpus):
             self.submit(Attached(vcpu, vcpu + 1))
-            for operation in boot(vcpu):
+            for operation in boot(vcpu, self.config.mode):
                 self.submit(HostAsked(0, operation))
             self.settle()
         self.done.clear()

@@ -54,6 +54,43 @@ def test_a_run_of_each_workload_ends_clean_and_replays_to_its_digest(
     assert replayed.digest == replayed.recorded_digest == run.result.digest
 
 
+NONPAGING = {"workload": m.Workload.MODES, "mode": m.GuestMode.NONPAGING}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"workload": m.Workload.MODES, "mode": mode} for mode in m.GuestMode),
+        *({**NONPAGING, "tdp": tdp} for tdp in m.Tdp),
+        *({"profile": "pre-patch+fixed", "bypass_guest_pf": bypass} for bypass in (True, False)),
+        {
+            "workload": m.Workload.MODES,
+            "mode": m.GuestMode.MIXED,
+            "profile": "pre-patch+fixed",
+            "bypass_guest_pf": True,
+        },
+    ],
+    ids=lambda changes: "-".join(str(getattr(value, "value", value)) for value in changes.values()),
+)
+def test_every_mode_and_table_format_ends_clean_and_replays_to_its_digest(changes: dict[str, Any]) -> None:
+    run = Run(config(**changes, audit=m.Audit.ALWAYS), 3)
+    assert run.violation is None
+    assert not run.result.stuck
+    replayed = replay_records(read_journal(io.BytesIO(run.journal)), None)
+    assert replayed.diverged_at is None, replayed.divergence
+    assert replayed.digest == run.result.digest
+
+
+def test_only_ept_knows_misconfigurations_and_only_the_old_kernel_bypasses() -> None:
+    ept = Run(config(**NONPAGING, tdp=m.Tdp.EPT), 3).result.counters
+    npt = Run(config(**NONPAGING, tdp=m.Tdp.NPT), 3).result.counters
+    assert ept["exits.ept_misconfig"] > 0
+    assert "exits.ept_misconfig" not in npt
+    old = config(profile="pre-patch+fixed", bypass_guest_pf=True)
+    assert Run(old, 3).result.counters["vcpu.bypassed"] > 0
+    assert "vcpu.bypassed" not in Run(config(), 3).result.counters
+
+
 def test_the_same_seed_gives_the_same_run_and_another_one_does_not() -> None:
     first, again, other = Run(config(), 2), Run(config(), 2), Run(config(seed=2), 2)
     assert first.journal == again.journal

@@ -271,7 +271,7 @@ def test_a_memory_point_lets_only_the_hardware_act() -> None:
     ],
 )
 def test_an_access_to_what_is_not_there_is_refused(body: m.VcpuMessage, complaint: str | None) -> None:
-    refusal = Driven(1).runner.machine.refusal(body)
+    refusal = Driven(1).runner.machine.refusal(0, body)
     if complaint is None:
         assert refusal is None
     else:

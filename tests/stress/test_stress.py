@@ -20,15 +20,23 @@ PASS, VIOLATED, UNKNOWN = 0, 1, 2
 
 
 def stress(directory: Path, **options: object) -> tuple[int, dict[str, Any]]:
-    """Runs `shadowmmu stress` to its end; its exit status and its report."""
-    arguments = [
-        f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None
-    ]
+    """Runs `shadowmmu stress` to its end; its exit status and its report. True and False switch an option."""
+    arguments = [_option(name.replace("_", "-"), value) for name, value in options.items()]
     done = subprocess.run(
         [*COMMAND, "stress", f"--out={directory}", *arguments], capture_output=True, timeout=280, check=False
     )
     assert done.returncode in (PASS, VIOLATED, UNKNOWN), done.stderr.decode()[-2000:]
     return done.returncode, json.loads((directory / "report.json").read_text())
+
+
+def _option(name: str, value: object) -> str:
+    match value:
+        case True:
+            return f"--{name}"
+        case False:
+            return f"--no-{name}"
+        case _:
+            return f"--{name}={value}"
 
 
 def replay(directory: Path) -> int:
@@ -42,6 +50,42 @@ def test_a_run_passes_and_replays_to_its_digest(tmp_path: Path, vcpus: int, work
     status, report = stress(tmp_path, vcpus=vcpus, workload=workload, ops=12_000, seed=3)
     assert status == PASS, report["text"]
     assert report["vcpus"] == vcpus
+    assert replay(tmp_path) == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "pae"},
+        {"mode": "paging32"},
+        {"mode": "nonpaging"},
+        {"mode": "mixed"},
+        {"tdp": "ept"},
+        {"tdp": "npt"},
+    ],
+    ids=lambda options: "-".join(options.values()),
+)
+def test_every_paging_mode_passes_and_replays(tmp_path: Path, options: dict[str, str]) -> None:
+    status, report = stress(tmp_path, vcpus=3, ops=12_000, seed=5, **options)
+    assert status == PASS, report["text"]
+    assert report["config"]["workload"] == "modes"
+    assert report["counters"]["exits.page_fault"] > 0
+    assert replay(tmp_path) == 0
+
+
+@pytest.mark.parametrize("bypass", [True, False])
+def test_the_kernel_before_the_patch_passes_with_and_without_bypassed_faults(
+    tmp_path: Path, bypass: bool
+) -> None:
+    status, report = stress(
+        tmp_path, vcpus=3, ops=12_000, seed=5, profile="pre-patch+fixed", bypass_guest_pf=bypass
+    )
+    assert status == PASS, report["text"]
+    faults = report["page_faults"]
+    assert faults["bypass_guest_pf"] is bypass
+    assert (faults["bypassed"] > 0) is bypass
+    assert (faults["notrap"]["prefetched"] > 0) is bypass
+    assert faults["exits"]["page_fault"] > 0
     assert replay(tmp_path) == 0
 
 

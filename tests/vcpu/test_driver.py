@@ -47,6 +47,7 @@ class FakeCore:
         self.instruction_seconds = INSTRUCTION
         self.log: list[m.LoggedAccess] = []
         self.output: list[m.VcpuMessage] = []
+        self.attached: m.Attached | None = None
 
     @property
     def waiting(self) -> bool:
@@ -72,6 +73,8 @@ class FakeCore:
             case m.Kick():
                 self.kicks += 1
                 self.interrupted()
+            case m.Attached():
+                self.attached = body
             case _:
                 raise AssertionError(body)
 
@@ -188,6 +191,7 @@ def test_attach_and_start_make_the_core_of_the_vcpu_given(pair: Pair) -> None:
     assert not pair.driver.turn()
     pair.driver.start(4)
     assert pair.made == [(3, 4)] and pair.core.started
+    assert pair.core.attached == m.Attached(3, 9, vpid=True, heartbeat=HEARTBEAT)
 
 
 def test_a_turn_is_bounded_by_instructions(pair: Pair) -> None:

@@ -20,6 +20,7 @@ __all__ = [
     "Accesses",
     "AccessFlag",
     "AuditFailed",
+    "Bypassed",
     "DirtyLogRead",
     "EmulatedStore",
     "Entered",
@@ -149,6 +150,17 @@ class Injected(_Base, tag=6, frozen=True):
     vcpu: int
     error_code: int
     cr2: int
+
+
+class Bypassed(_Base, tag=7, frozen=True):
+    """A walk ended in a page fault that goes to the guest without an exit (bypass_guest_pf), with PFERR bits.
+
+    The guest takes it, and the translations of its page leave the TLB, unless the vCPU's exit crosses the answer.
+    """
+
+    vcpu: int
+    gva: int
+    error_code: int
 
 
 class ShadowPageCreated(_Base, tag=10, frozen=True):
@@ -309,6 +321,7 @@ Event = (
     | Entered
     | Invalidated
     | Injected
+    | Bypassed
     | ShadowPageCreated
     | ShadowPageUnsynced
     | ShadowPageSynced

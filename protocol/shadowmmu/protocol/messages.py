@@ -37,8 +37,8 @@ class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fiel
     """A message body; the member `t` names its type."""
 
 
-def tag_of(message: _Message) -> str:
-    """The name of a message's type on the wire."""
+def tag_of(message: _Message | type[_Message]) -> str:
+    """The name on the wire of a message's type; the type itself will do."""
     tag = message.__struct_config__.tag
     assert isinstance(tag, str)
     return tag
@@ -366,6 +366,18 @@ class GetDirtyLog(_Message, tag="get_dirty_log", frozen=True):
     slot: U32
 
 
+class SetMemoryRegion(_Message, tag="set_memory_region", frozen=True):
+    """Create a memory slot, or move it if it exists; with no pages: delete it and unmap its memory.
+
+    Result 1, or 0 if that made no sense for the slots of that moment: overlap, another size, nothing to delete.
+    """
+
+    slot: Annotated[int, Meta(ge=0, le=31)]
+    gfn: Frame
+    npages: Annotated[int, Meta(ge=0, le=1 << 20)]
+    huge: bool = False
+
+
 class Shrink(_Message, tag="shrink", frozen=True):
     """The memory shrinker with nr_to_scan = n. Result: shadow pages in use afterwards."""
 
@@ -408,6 +420,7 @@ HostOperation: TypeAlias = (
     | TestAge
     | SetDirtyLog
     | GetDirtyLog
+    | SetMemoryRegion
     | Shrink
     | SetMmuPages
     | ZapAll

@@ -10,10 +10,11 @@ import msgspec
 import typer
 
 from shadowmmu.cli.usage import bad_value
-from shadowmmu.protocol.messages import Audit, Mutant, RunConfig, Workload
+from shadowmmu.protocol.messages import Audit, GuestMode, Mutant, RunConfig, Tdp, Workload
 
 __all__ = [
     "AuditOption",
+    "BypassGuestPf",
     "Check",
     "ConnectTo",
     "HostRate",
@@ -22,11 +23,13 @@ __all__ = [
     "LogFormatOption",
     "MemoryPages",
     "MmuPages",
+    "ModeOption",
     "MutantOption",
     "Ops",
     "ParkRate",
     "Profile",
     "Seed",
+    "TdpOption",
     "Vpid",
     "WorkloadOption",
     "make_config",
@@ -46,7 +49,40 @@ Ops = Annotated[
     int, typer.Option("--ops", min=1, help="Guest instructions of all vCPUs together.", rich_help_panel=_RUN)
 ]
 WorkloadOption = Annotated[
-    Workload, typer.Option("--workload", help="What the guests do.", rich_help_panel=_RUN)
+    Workload | None,
+    typer.Option(
+        "--workload",
+        envvar="SHADOWMMU_WORKLOAD",
+        help="What the guests do. Without: mixed, or modes where --mode or --tdp needs it.",
+        rich_help_panel=_RUN,
+    ),
+]
+ModeOption = Annotated[
+    GuestMode | None,
+    typer.Option(
+        "--mode",
+        envvar="SHADOWMMU_MODE",
+        help="The paging mode of the guests; other than paging64 with workload modes only.",
+        rich_help_panel=_RUN,
+    ),
+]
+TdpOption = Annotated[
+    Tdp | None,
+    typer.Option(
+        "--tdp",
+        envvar="SHADOWMMU_TDP",
+        help="Two-dimensional paging instead of shadow paging; guests run with paging off.",
+        rich_help_panel=_RUN,
+    ),
+]
+BypassGuestPf = Annotated[
+    bool | None,
+    typer.Option(
+        "--bypass-guest-pf/--no-bypass-guest-pf",
+        envvar="SHADOWMMU_BYPASS_GUEST_PF",
+        help="Faults on entries that the guest has not present need no exit; profile pre-patch only, there on.",
+        rich_help_panel=_RUN,
+    ),
 ]
 Seed = Annotated[
     int,
@@ -124,20 +160,62 @@ InFolder = Annotated[
 ]
 
 
-def make_config(vcpus: int | None, **values: Any) -> RunConfig:
+def _workload_and_mode(
+    workload: Workload | None, mode: GuestMode | None, tdp: Tdp | None
+) -> tuple[Workload, GuestMode]:
+    """What runs, in which paging mode. Raises typer.BadParameter if that does not go together."""
+    if tdp is not None:
+        if mode not in (None, GuestMode.NONPAGING):
+            raise bad_value("--mode", f"with --tdp guests run with paging off: nonpaging, not {mode.value}")
+        mode = GuestMode.NONPAGING
+    mode = mode or GuestMode.PAGING64
+    if mode is GuestMode.PAGING64:
+        return workload or Workload.MIXED, mode
+    if workload not in (None, Workload.MODES):
+        wanted = f"--mode {mode.value}" if tdp is None else f"--tdp {tdp.value}"
+        raise bad_value(
+            "--workload", f"{workload.value} is a program of 64-bit paging; {wanted} runs workload modes only"
+        )
+    return Workload.MODES, mode
+
+
+def make_config(
+    vcpus: int | None,
+    *,
+    workload: Workload | None = None,
+    mode: GuestMode | None = None,
+    tdp: Tdp | None = None,
+    profile: str,
+    bypass_guest_pf: bool | None = None,
+    **values: Any,
+) -> RunConfig:
     """The run configuration of the options' values, for that many vCPUs if their number is known.
 
-    Raises typer.BadParameter that names the option.
+    Values that are None follow from the others. Raises typer.BadParameter that names the option.
     """
-    from shadowmmu.cpu.guest import Layout
-    from shadowmmu.kvm import profiles
+    from shadowmmu.cpu.guest import working_frames
     from shadowmmu.kvm.errors import UnknownFixError, UnknownProfileError
+    from shadowmmu.kvm.profiles import KernelTree, Profile
 
     try:
-        profiles.Profile.parse(values["profile"])
+        kernel = Profile.parse(profile).kernel
     except (UnknownProfileError, UnknownFixError) as error:
         raise bad_value("--profile", str(error)) from error
-    config = RunConfig(**values)
+    workload, mode = _workload_and_mode(workload, mode, tdp)
+    bypass_possible = kernel is KernelTree.PRE_PATCH and tdp is None
+    if bypass_guest_pf and not bypass_possible:
+        why = (
+            "there is none with --tdp" if tdp is not None else f"profile {profile} has none; pre-patch has it"
+        )
+        raise bad_value("--bypass-guest-pf", why)
+    config = RunConfig(
+        workload=workload,
+        mode=mode,
+        tdp=tdp,
+        profile=profile,
+        bypass_guest_pf=bypass_possible if bypass_guest_pf is None else bypass_guest_pf,
+        **values,
+    )
     try:
         config = msgspec.convert(msgspec.to_builtins(config), RunConfig)
     except msgspec.ValidationError as error:
@@ -146,7 +224,7 @@ def make_config(vcpus: int | None, **values: Any) -> RunConfig:
         raise bad_value(option, text.replace("`", "")) from error
     if vcpus is not None:
         try:
-            Layout(config, vcpus)
+            working_frames(config, vcpus)
         except ValueError as error:  # too many for the guest programs, or for the guest's memory
             raise bad_value("--vcpus", str(error)) from error
     return config

@@ -10,6 +10,7 @@ import typer
 from shadowmmu.cli.loop import run_loop
 from shadowmmu.cli.options import (
     AuditOption,
+    BypassGuestPf,
     Check,
     ConnectTo,
     HostRate,
@@ -18,17 +19,19 @@ from shadowmmu.cli.options import (
     LogFormatOption,
     MemoryPages,
     MmuPages,
+    ModeOption,
     MutantOption,
     Ops,
     ParkRate,
     Profile,
     Seed,
+    TdpOption,
     Vpid,
     WorkloadOption,
     make_config,
 )
 from shadowmmu.cli.usage import bad_value
-from shadowmmu.protocol.messages import Audit, RunConfig, Workload
+from shadowmmu.protocol.messages import Audit, RunConfig
 
 __all__ = ["serve_app", "worker_app"]
 
@@ -73,9 +76,12 @@ def serve_mmu(
     vcpus: Annotated[
         int, typer.Option("--vcpus", min=1, max=256, help="Virtual processors (without a coordinator).")
     ] = 1,
-    workload: WorkloadOption = Workload.MIXED,
+    workload: WorkloadOption = None,
+    mode: ModeOption = None,
+    tdp: TdpOption = None,
     seed: Seed = _DEFAULTS.seed,
     profile: Profile = _DEFAULTS.profile,
+    bypass_guest_pf: BypassGuestPf = None,
     vpid: Vpid = _DEFAULTS.vpid,
     audit: AuditOption = Audit.SAMPLED,
     mutant: MutantOption = None,
@@ -94,8 +100,11 @@ def serve_mmu(
         config = make_config(
             vcpus,
             workload=workload,
+            mode=mode,
+            tdp=tdp,
             seed=seed,
             profile=profile,
+            bypass_guest_pf=bypass_guest_pf,
             vpid=vpid,
             audit=audit,
             mutant=mutant,
@@ -135,9 +144,12 @@ def serve_coordinator(
         int, typer.Option("--hosts", min=0, max=8, help="Wait for so many host agents, too.")
     ] = 0,
     ops: Ops = _DEFAULTS.ops,
-    workload: WorkloadOption = Workload.MIXED,
+    workload: WorkloadOption = None,
+    mode: ModeOption = None,
+    tdp: TdpOption = None,
     seed: Seed = _DEFAULTS.seed,
     profile: Profile = _DEFAULTS.profile,
+    bypass_guest_pf: BypassGuestPf = None,
     vpid: Vpid = _DEFAULTS.vpid,
     audit: AuditOption = Audit.SAMPLED,
     mutant: MutantOption = None,
@@ -164,9 +176,12 @@ def serve_coordinator(
     config = make_config(
         vcpus,
         workload=workload,
+        mode=mode,
+        tdp=tdp,
         seed=seed,
         ops=ops,
         profile=profile,
+        bypass_guest_pf=bypass_guest_pf,
         vpid=vpid,
         audit=audit,
         mutant=mutant,

@@ -17,6 +17,7 @@ import typer
 
 from shadowmmu.cli.options import (
     AuditOption,
+    BypassGuestPf,
     Check,
     HostRate,
     InFolder,
@@ -24,17 +25,19 @@ from shadowmmu.cli.options import (
     LogFormatOption,
     MemoryPages,
     MmuPages,
+    ModeOption,
     MutantOption,
     Ops,
     ParkRate,
     Profile,
     Seed,
+    TdpOption,
     Vpid,
     WorkloadOption,
     make_config,
 )
 from shadowmmu.cli.usage import bad_value
-from shadowmmu.protocol.messages import Audit, RunConfig, Verdict, Workload
+from shadowmmu.protocol.messages import Audit, RunConfig, Verdict
 
 __all__ = ["stress"]
 
@@ -45,9 +48,12 @@ def stress(
     *,
     vcpus: Annotated[int, typer.Option("--vcpus", min=1, max=256, help="Virtual processors.")] = 4,
     ops: Ops = _DEFAULTS.ops,
-    workload: WorkloadOption = Workload.MIXED,
+    workload: WorkloadOption = None,
+    mode: ModeOption = None,
+    tdp: TdpOption = None,
     seed: Seed = _DEFAULTS.seed,
     profile: Profile = _DEFAULTS.profile,
+    bypass_guest_pf: BypassGuestPf = None,
     vpid: Vpid = _DEFAULTS.vpid,
     audit: AuditOption = Audit.SAMPLED,
     mutant: MutantOption = None,
@@ -74,9 +80,12 @@ def stress(
     config = make_config(
         vcpus,
         workload=workload,
+        mode=mode,
+        tdp=tdp,
         seed=seed,
         ops=ops,
         profile=profile,
+        bypass_guest_pf=bypass_guest_pf,
         vpid=vpid,
         audit=audit,
         mutant=mutant,

@@ -6,6 +6,7 @@ from importlib.metadata import version
 
 from shadowmmu.coordinator.aggregate import merge_counters, merge_histograms
 from shadowmmu.coordinator.coverage import coverage_of
+from shadowmmu.coordinator.page_faults import page_faults_of
 from shadowmmu.coordinator.report import (
     EXIT_STATUS,
     Durations,
@@ -56,6 +57,7 @@ def assemble_report(state: RunState, started: str, mode: str) -> RunReport:
         counters=counters,
         histograms=histograms,
         coverage=coverage_of(counters),
+        page_faults=page_faults_of(state.settings.config, counters),
         members=_member_reports(state),
     )
 

@@ -16,8 +16,12 @@ from shadowmmu.kvm.points import Point, PointKind
 
 __all__ = ["Coverage", "Frequency", "OutcomeCoverage", "PointCoverage", "coverage_of"]
 
-# The two scheduling points that are effects, as `shadowmmu.machine.coverage.WaitPoint` names them.
-WAIT_POINTS = {"MMU_LOCK": "waiting for mmu_lock", "KICK": "waiting for kicked vCPUs"}
+# The scheduling points that are effects, as `shadowmmu.machine.coverage.WaitPoint` names them.
+WAIT_POINTS = {
+    "MMU_LOCK": "waiting for mmu_lock",
+    "KICK": "waiting for kicked vCPUs",
+    "SRCU": "waiting for operations of vCPUs that may know the old memory slots",
+}
 
 
 class Frequency(enum.Enum):

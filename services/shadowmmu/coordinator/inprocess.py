@@ -14,6 +14,7 @@ from hdrh.histogram import HdrHistogram
 from shadowmmu.checker import Checker, Violation
 from shadowmmu.coordinator.aggregate import merge_counters, merge_histograms
 from shadowmmu.coordinator.coverage import coverage_of
+from shadowmmu.coordinator.page_faults import page_faults_of
 from shadowmmu.coordinator.progress import Snapshot
 from shadowmmu.coordinator.report import (
     EXIT_STATUS,
@@ -134,6 +135,7 @@ def _report(
         counters=counters,
         histograms=histograms,
         coverage=coverage_of(counters),
+        page_faults=page_faults_of(config, counters),
         members=[],
     )
 

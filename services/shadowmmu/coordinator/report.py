@@ -15,6 +15,7 @@ import msgspec
 from shadowmmu.checker import Violation
 from shadowmmu.coordinator.aggregate import HistogramSummary
 from shadowmmu.coordinator.coverage import Coverage
+from shadowmmu.coordinator.page_faults import PageFaultReport
 from shadowmmu.protocol.messages import Role, RunConfig, Verdict
 
 __all__ = [
@@ -143,6 +144,7 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     counters: dict[str, int]
     histograms: dict[str, HistogramSummary]
     coverage: Coverage
+    page_faults: PageFaultReport | None = None
     members: list[MemberReport]
 
 

@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from shadowmmu.coordinator.coverage import Frequency, PointCoverage
+from shadowmmu.coordinator.page_faults import PageFaultReport
 from shadowmmu.coordinator.report import RunReport, ViolationReport
-from shadowmmu.protocol.messages import Verdict
+from shadowmmu.protocol.messages import GuestMode, Verdict
 
 __all__ = ["render_report"]
 
@@ -47,6 +48,8 @@ def render_report(report: RunReport) -> RenderableType:
     parts: list[RenderableType] = []
     if report.counters:
         parts += [_counter_tables(report), _points_table(report.coverage.points)]
+        if report.page_faults is not None:
+            parts.append(_page_faults_table(report.page_faults))
     if report.coverage.outcomes:
         parts.append(_outcomes_table(report))
     if report.violation is not None:
@@ -171,6 +174,26 @@ def _outcomes_table(report: RunReport) -> Table:
     return table
 
 
+def _page_faults_table(faults: PageFaultReport) -> Table:
+    """The same lines in every run, so that two can be laid side by side."""
+    setting = "on" if faults.bypass_guest_pf else "off"
+    table = _table(
+        f"Page faults without an exit (bypass_guest_pf {setting})", "", "count", "per 1,000 instructions"
+    )
+    rows = [
+        ("guest page faults", faults.guest_faults),
+        ("  delivered without an exit", faults.bypassed),
+        ("page fault exits", faults.exits["page_fault"]),
+        *((f"  {outcome}", count) for outcome, count in faults.handled.items()),
+        *((f"{reason} exits", n) for reason, n in faults.exits.items() if reason != "page_fault"),
+        *((f"notrap entries, {name.replace('_', ' ')}", count) for name, count in faults.notrap.items()),
+    ]
+    for name, count in rows:
+        rate = 1000 * count / faults.instructions if faults.instructions else 0.0
+        table.add_row(name, f"{count:,}", f"{rate:,.2f}")
+    return table
+
+
 def _violation_panel(violation: ViolationReport) -> Panel:
     body = Text()
     body.append(f"{violation.text}\n")
@@ -199,9 +222,12 @@ def _notes(report: RunReport) -> Text:
 def _verdict_panel(report: RunReport) -> Panel:
     style = _VERDICT_STYLES[report.verdict]
     how = "" if report.start_rule is None else f" (start: {report.start_rule})"
+    config = report.config
+    mode = "" if config.mode is GuestMode.PAGING64 else f" ({config.mode.value})"
+    tdp = "" if config.tdp is None else f", {config.tdp.value}"
     what = (
-        f"{report.vcpus} vCPUs{how}; seed {report.config.seed}, workload {report.config.workload.value}, "
-        f"profile {report.config.profile}; {report.stream.records:,} journal records, "
+        f"{report.vcpus} vCPUs{how}; seed {config.seed}, workload {config.workload.value}{mode}{tdp}, "
+        f"profile {config.profile}; {report.stream.records:,} journal records, "
         f"{report.stream.events:,} events"
     )
     lines = [report.text, what]

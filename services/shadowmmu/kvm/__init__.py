@@ -8,7 +8,7 @@ from shadowmmu.kvm import host
 from shadowmmu.kvm.audit import AuditError, mmu_audit
 from shadowmmu.kvm.constants import VcpuMode
 from shadowmmu.kvm.dirty_log import kvm_vm_ioctl_get_dirty_log, set_dirty_logging
-from shadowmmu.kvm.effects import Effect, HostPageLock, Kick, MmuLock, Operation
+from shadowmmu.kvm.effects import Effect, HostPageLock, Kick, MmuLock, Operation, SlotsLock, Srcu
 from shadowmmu.kvm.emulate import (
     FaultOutcome,
     Instruction,
@@ -31,6 +31,7 @@ from shadowmmu.kvm.guest_memory import GuestMemory
 from shadowmmu.kvm.host_memory import HostMemory
 from shadowmmu.kvm.invlpg import kvm_mmu_invlpg
 from shadowmmu.kvm.memslots import Backing, MemorySlot
+from shadowmmu.kvm.nested import NestedGuest, gva_to_gpa_nested
 from shadowmmu.kvm.notifiers import (
     kvm_mmu_notifier_change_pte,
     kvm_mmu_notifier_clear_flush_young,
@@ -46,6 +47,7 @@ from shadowmmu.kvm.profiles import BASE_PROFILES, FIXES, Fix, FixStatus, KernelT
 from shadowmmu.kvm.registers import kvm_set_cr0, kvm_set_cr3, kvm_set_cr4, set_efer, set_regs
 from shadowmmu.kvm.requests import kvm_flush_remote_tlbs, kvm_reload_remote_mmus
 from shadowmmu.kvm.roots import root_pages
+from shadowmmu.kvm.set_memory_region import kvm_set_memory_region, memory_region_problem
 from shadowmmu.kvm.shadow_walk import kvm_mmu_get_spte_hierarchy, shadow_walk_init
 from shadowmmu.kvm.stats import COUNTERS, KvmStat
 from shadowmmu.kvm.vcpu import Mmu, Vcpu
@@ -65,6 +67,8 @@ __all__ = [
     "Operation",
     "Effect",
     "HostPageLock",
+    "SlotsLock",
+    "Srcu",
     "MmuLock",
     "Kick",
     "Point",
@@ -89,6 +93,8 @@ __all__ = [
     "set_regs",
     "emulator_write_phys",
     "x86_emulate_instruction",
+    "NestedGuest",
+    "gva_to_gpa_nested",
     "page_fault",
     "prefault",
     # The host
@@ -99,6 +105,8 @@ __all__ = [
     "kvm_mmu_notifier_change_pte",
     "kvm_mmu_notifier_clear_flush_young",
     "kvm_mmu_notifier_test_young",
+    "kvm_set_memory_region",
+    "memory_region_problem",
     "set_dirty_logging",
     "kvm_vm_ioctl_get_dirty_log",
     "mmu_shrink",

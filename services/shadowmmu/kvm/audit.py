@@ -67,7 +67,7 @@ def audit_mappings(kvm: Kvm) -> Iterator[str]:
             if slot is None:
                 yield f"{_where(sp, index)} maps frame {gfn}, which is in no slot"
                 continue
-            if gfn & slot.host_mask in kvm.host.in_change:
+            if gfn + slot.hva_delta & slot.host_mask in kvm.host.in_change:
                 continue
             pfn = kvm.host.atomic_pfn(slot, gfn)
             mapped = (spte & PT64_BASE_ADDR_MASK) >> 12

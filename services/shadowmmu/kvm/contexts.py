@@ -32,11 +32,18 @@ from shadowmmu.kvm.roots import mmu_alloc_direct_roots, mmu_alloc_shadow_roots, 
 from shadowmmu.kvm.walker import GuestWalker, walk_addr
 
 if TYPE_CHECKING:
-    from shadowmmu.kvm.vcpu import Mmu, Vcpu
+    from shadowmmu.kvm.vcpu import PagingUnit, Vcpu
 
 T = TypeVar("T")
 
-__all__ = ["MmuContext", "build_context", "initial_context", "kvm_mmu_reset_context"]
+__all__ = [
+    "MmuContext",
+    "build_context",
+    "guest_context",
+    "initial_context",
+    "kvm_mmu_reset_context",
+    "set_guest_format",
+]
 
 
 def _done(result: T) -> Operation[T]:
@@ -74,7 +81,7 @@ class MmuContext:
         """Handle a page fault; 1: emulate the instruction, 0: go on."""
         return paging_page_fault(vcpu, gva, error_code, prefault)
 
-    def gva_to_gpa(self, vcpu: Vcpu, gva: int, access: int) -> Operation[GuestWalker]:
+    def gva_to_gpa(self, vcpu: PagingUnit, gva: int, access: int) -> Operation[GuestWalker]:
         """Translate an address for an access of that kind (PFERR_* bits), setting A and D."""
         return walk_addr(vcpu, gva, access)
 
@@ -145,7 +152,7 @@ class NonPagingContext(DirectContext):
         """Map the frame of the address (nonpaging_page_fault)."""
         return nonpaging_page_fault(vcpu, gva, error_code, prefault)
 
-    def gva_to_gpa(self, vcpu: Vcpu, gva: int, access: int) -> Operation[GuestWalker]:  # noqa: ARG002
+    def gva_to_gpa(self, vcpu: PagingUnit, gva: int, access: int) -> Operation[GuestWalker]:  # noqa: ARG002
         """The address itself."""
         walker = GuestWalker(gva)
         walker.gfn = gva >> 12
@@ -204,7 +211,7 @@ class TdpContext(DirectContext):
         """Map the frame of the guest physical address (tdp_page_fault)."""
         return tdp_page_fault(vcpu, gva, error_code, prefault)
 
-    def gva_to_gpa(self, vcpu: Vcpu, gva: int, access: int) -> Operation[GuestWalker]:
+    def gva_to_gpa(self, vcpu: PagingUnit, gva: int, access: int) -> Operation[GuestWalker]:
         """As without two-dimensional paging."""
         return self._guest.gva_to_gpa(vcpu, gva, access)
 
@@ -226,8 +233,8 @@ def initial_context() -> MmuContext:
     return NONPAGING
 
 
-def guest_context(vcpu: Vcpu) -> MmuContext:
-    """The paging mode that the vCPU's registers select."""
+def guest_context(vcpu: PagingUnit) -> MmuContext:
+    """The paging mode that the registers select."""
     if not vcpu.is_paging:
         return NONPAGING
     if vcpu.is_long_mode:
@@ -247,12 +254,13 @@ def build_context(vcpu: Vcpu) -> None:
     mmu.root_level = context.root_level
     mmu.shadow_root_level = context.shadow_root_level
     mmu.direct_map = context.direct_map
-    _set_guest_format(mmu, context, vcpu)
+    set_guest_format(vcpu, context)
     mmu.base_role = context.base_role(vcpu)
 
 
-def _set_guest_format(mmu: Mmu, context: MmuContext, vcpu: Vcpu) -> None:
+def set_guest_format(vcpu: PagingUnit, context: MmuContext) -> None:
     """How the guest's tables are read in this mode, and which bits its registers reserve."""
+    mmu = vcpu.mmu
     mmu.nx = context.supports_nx and vcpu.efer & EFER_NX != 0
     if context.fmt is not None:
         mmu.fmt = fmt = context.fmt

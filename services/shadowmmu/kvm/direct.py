@@ -106,7 +106,7 @@ def direct_map(  # noqa: PLR0917 - the kernel's arguments
                 vcpu,
                 sp,
                 index,
-                kvm.gfn_to_memslot(gfn),
+                None if pfn == NO_SLOT_PFN else kvm.gfn_to_memslot(gfn),
                 ACC_ALL,
                 False,
                 write,
@@ -155,7 +155,7 @@ def _direct_pte_prefetch_many(vcpu: Vcpu, sp: ShadowPage, start: int, end: int) 
     kvm = vcpu.kvm
     access = sp.access
     gfn = sp.get_gfn(start)
-    slot = kvm.gfn_to_memslot(gfn)
+    slot = kvm.visible_memslot(gfn)
     if slot is None or (access & ACC_WRITE_MASK and slot.dirty_bitmap is not None):
         return False
     if gfn + end - start > slot.end_gfn:

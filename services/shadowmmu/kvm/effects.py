@@ -10,7 +10,8 @@ races, and the recordings' runner, which lets nothing else happen at all.
 | `MmuLock.ACQUIRE` | resumes the operation when it owns mmu_lock | ignored |
 | `MmuLock.RELEASE` | frees mmu_lock | ignored |
 | a `Point` | may run other things, by the point's kind | ignored |
-| `HostPageLock.BUSY` | resumes the operation after another one has advanced | ignored |
+| `HostPageLock.BUSY`, `SlotsLock.BUSY` | resumes the operation after another one has advanced | ignored |
+| `Srcu.SYNCHRONIZE` | resumes the operation when no vCPU's operation is in flight that is so now | ignored |
 | `Kick` | interrupts each vCPU named and waits until each has left that guest entry | bool: was anybody kicked |
 """
 
@@ -24,7 +25,7 @@ import msgspec
 
 from shadowmmu.kvm.points import Point
 
-__all__ = ["Effect", "HostPageLock", "Kick", "MmuLock", "Operation"]
+__all__ = ["Effect", "HostPageLock", "Kick", "MmuLock", "Operation", "SlotsLock", "Srcu"]
 
 
 class MmuLock(enum.Enum):
@@ -40,6 +41,22 @@ class HostPageLock(enum.Enum):
     BUSY = "busy"  # another operation has the pages; this one looks again when it is resumed
 
 
+class SlotsLock(enum.Enum):
+    """kvm->slots_lock: one operation at a time changes memory slots or reads a dirty log."""
+
+    BUSY = "slots_lock is held"  # by another operation; this one looks again when it is resumed
+
+
+class Srcu(enum.Enum):
+    """kvm->srcu, under which slots are looked up.
+
+    A vCPU holds it for reading from each exit to the next guest entry, so operations of vCPUs are its readers. The
+    notifiers are too, but they look at slots under mmu_lock only, which whoever waits takes next.
+    """
+
+    SYNCHRONIZE = "synchronize_srcu"  # wait for the readers of this moment; a scheduling point like any wait
+
+
 class Kick(msgspec.Struct, frozen=True):
     """Interrupt these vCPUs and wait for their answers (make_all_cpus_request, smp_call_function_many with wait).
 
@@ -50,7 +67,7 @@ class Kick(msgspec.Struct, frozen=True):
     vcpus: tuple[int, ...]
 
 
-Effect: TypeAlias = MmuLock | HostPageLock | Point | Kick
+Effect: TypeAlias = MmuLock | HostPageLock | SlotsLock | Srcu | Point | Kick
 
 T = TypeVar("T")
 Operation: TypeAlias = Generator[Effect, bool | None, T]

@@ -15,7 +15,7 @@ from shadowmmu.kvm.constants import ACC_USER_MASK, ACC_WRITE_MASK
 from shadowmmu.kvm.effects import Operation
 from shadowmmu.kvm.host import break_cow
 from shadowmmu.kvm.memslots import KvmMemorySlot
-from shadowmmu.kvm.mmio import vcpu_match_mmio_gva
+from shadowmmu.kvm.mmio import vcpu_match_mmio_gfn, vcpu_match_mmio_gva
 from shadowmmu.kvm.points import Point
 from shadowmmu.kvm.pte_write import kvm_mmu_pte_write
 from shadowmmu.kvm.walker import inject_page_fault
@@ -114,17 +114,20 @@ def x86_emulate_instruction(vcpu: Vcpu, instruction: Instruction) -> Operation[F
         inject_page_fault(vcpu, walk.fault, gva)
         return FaultOutcome(Outcome.INJECT, inject=(walk.fault, gva))
     gpa = walk.gpa
-    slot = kvm.gfn_to_memslot(walk.gfn)
+    mmio = FaultOutcome(Outcome.MMIO, gpa=gpa)
     data_access = kind is not InstructionKind.EXECUTE
-    if slot is None or (data_access and vcpu.mmio_gfn and vcpu.mmio_gfn == walk.gfn):
-        return FaultOutcome(Outcome.MMIO, gpa=gpa)
+    if kvm.visible_memslot(walk.gfn) is None or (data_access and vcpu_match_mmio_gfn(vcpu, walk.gfn)):
+        return mmio
     yield Point.EMULATE_TRANSLATED
+    slot = kvm.visible_memslot(walk.gfn)
+    if slot is None:  # the slot has gone meanwhile
+        return mmio
     value = 0
     if kind is InstructionKind.READ:
         if kvm.point_read_guest_memory:
             yield Point.READ_GUEST_MEMORY
         kvm.host.fault_in(slot, walk.gfn)
-        value = kvm.memory.read(gpa, instruction.size)
+        value = kvm.memory.read_in(slot, gpa, instruction.size)
     elif kind is InstructionKind.WRITE:
         yield from emulator_write_phys(vcpu, gpa, instruction.size, instruction.value)
     elif kind is not InstructionKind.EXECUTE:
@@ -135,7 +138,7 @@ def x86_emulate_instruction(vcpu: Vcpu, instruction: Instruction) -> Operation[F
 def emulator_write_phys(vcpu: Vcpu, gpa: int, size: int, value: int) -> Operation[bool]:
     """Store to guest memory, then tell the MMU of the table write; False outside of memory (nothing happens)."""
     kvm = vcpu.kvm
-    slot = kvm.gfn_to_memslot(gpa >> 12)
+    slot = kvm.visible_memslot(gpa >> 12)
     if slot is None:
         return False
     kvm.host.fault_in(slot, gpa >> 12)
@@ -157,7 +160,7 @@ def _emulator_cmpxchg(vcpu: Vcpu, slot: KvmMemorySlot, gpa: int, instruction: In
         yield Point.READ_GUEST_MEMORY
     size = instruction.size
     mask = (1 << 8 * size) - 1
-    old = kvm.memory.read(gpa, size)
+    old = kvm.memory.read_in(slot, gpa, size)
     if instruction.kind is InstructionKind.XADD:
         new = old + instruction.value & mask
     elif instruction.kind is InstructionKind.XCHG or old == instruction.expected & mask:
@@ -171,7 +174,7 @@ def _emulator_cmpxchg(vcpu: Vcpu, slot: KvmMemorySlot, gpa: int, instruction: In
 def _store(vcpu: Vcpu, slot: KvmMemorySlot, gpa: int, size: int, value: int) -> Operation[None]:
     """The store itself, the dirty log, and then kvm_mmu_pte_write: memory changes before the shadow does."""
     kvm = vcpu.kvm
-    kvm.memory.write(gpa, size, value)
+    kvm.memory.write_in(slot, gpa, size, value)
     if slot.dirty_bitmap is not None:
         slot.dirty_bitmap.add(gpa >> 12)
     if kvm.trace is not None:

@@ -20,7 +20,7 @@ from shadowmmu.kvm.pages import kvm_mmu_get_page, kvm_mmu_put_page
 from shadowmmu.kvm.points import Point
 from shadowmmu.kvm.requests import kvm_flush_remote_tlbs
 from shadowmmu.kvm.rmap import drop_parent_pte, drop_spte
-from shadowmmu.kvm.set_spte import mmu_set_spte
+from shadowmmu.kvm.set_spte import NO_SLOT_PFN, mmu_set_spte
 from shadowmmu.kvm.shadow_walk import shadow_walk_init
 from shadowmmu.kvm.sync import mmu_sync_children
 from shadowmmu.kvm.walker import GuestWalker, gpte_access
@@ -41,8 +41,8 @@ def gpte_changed(vcpu: Vcpu, walker: GuestWalker, level: int) -> bool:
     kvm = vcpu.kvm
     pte_gpa = walker.pte_gpa[level - 1]
     gfn = pte_gpa >> 12
-    slot = kvm.gfn_to_memslot(gfn)
-    if slot is None or gfn & slot.host_mask in kvm.host.absent:
+    slot = kvm.visible_memslot(gfn)
+    if slot is None or gfn + slot.hva_delta & slot.host_mask in kvm.host.absent:
         return True
     offset = pte_gpa - (slot.base_gfn << 12)
     if vcpu.mmu.fmt.entry_size == 8:
@@ -158,7 +158,7 @@ def fetch(  # noqa: PLR0917 - the kernel's arguments
         vcpu,
         sp,
         index,
-        kvm.gfn_to_memslot(walker.gfn),
+        None if pfn == NO_SLOT_PFN else kvm.gfn_to_memslot(walker.gfn),
         direct_access,
         user_fault,
         write_fault,
@@ -201,7 +201,7 @@ def pte_prefetch(vcpu: Vcpu, sp: ShadowPage, index: int, gptes: list[int]) -> Op
             continue
         access = sp.access & gpte_access(mmu, gpte, True)
         gfn = (gpte & base_addr_mask) >> 12
-        slot = kvm.gfn_to_memslot(gfn)
+        slot = kvm.visible_memslot(gfn)
         if slot is None or (slot.dirty_bitmap is not None and access & ACC_WRITE_MASK):
             return
         pfn = host.atomic_pfn(slot, gfn)

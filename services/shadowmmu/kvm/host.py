@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from shadowmmu.kvm.effects import HostPageLock, Operation
-from shadowmmu.kvm.errors import ConfigError
+from shadowmmu.kvm.errors import ConfigError, NoSuchFrameError
 from shadowmmu.kvm.host_memory import BAD_PFN
 from shadowmmu.kvm.memslots import KvmMemorySlot
 from shadowmmu.kvm.notifiers import (
@@ -27,24 +27,25 @@ from shadowmmu.protocol.events import FrameRevoked
 if TYPE_CHECKING:
     from shadowmmu.kvm.vm import Kvm
 
-__all__ = ["break_cow", "gfn_to_pfn_prot", "move", "reclaim", "split", "unmap", "unmap_range"]
+__all__ = ["break_cow", "gfn_to_pfn_prot", "move", "munmap", "reclaim", "split", "unmap", "unmap_range"]
 
 
-def _revoked(kvm: Kvm, gone: Iterable[tuple[int, int]]) -> None:
-    """Trace the (gfn, pfn) pairs that do not hold any more."""
+def _revoked(kvm: Kvm, slot: KvmMemorySlot, gone: Iterable[tuple[int, int]]) -> None:
+    """Trace the (page, host frame) pairs of the slot's memory that do not hold any more."""
     if kvm.trace is None:
         return
     host = kvm.host
-    for gfn, pfn in gone:
-        if not (host.is_present(gfn) and host.pfn(gfn) == pfn):
-            kvm.trace(FrameRevoked(gfn, pfn))
+    for page, pfn in gone:
+        present = page & slot.host_mask not in host.absent and slot.memory.mapped
+        if not (present and host.page_pfn(slot, page) == pfn):
+            kvm.trace(FrameRevoked(slot.memory.gfn(page), pfn))
 
 
 def _frames(kvm: Kvm, slot: KvmMemorySlot, key: int) -> list[tuple[int, int]]:
-    """(gfn, pfn) of each frame of a host page that is present."""
+    """(page, host frame) of each page of a host page that is present."""
     if kvm.trace is None or key in kvm.host.absent:
         return []
-    return [(gfn, kvm.host.pfn(gfn)) for gfn in kvm.host.frames(slot, key)]
+    return [(page, kvm.host.page_pfn(slot, page)) for page in kvm.host.pages(slot, key)]
 
 
 def _begin_change(kvm: Kvm, keys: list[int]) -> Operation[None]:
@@ -64,15 +65,14 @@ def _changed(kvm: Kvm, key: int) -> None:
         del in_change[key]
 
 
-def _host_pages(kvm: Kvm, gfns: range) -> list[int]:
-    """The first frame of each host page that has one of the frames."""
-    keys = []
-    gfn = gfns.start
-    while gfn < gfns.stop:
-        mask = kvm.host.slot(gfn).host_mask
-        keys.append(gfn & mask)
-        gfn = (gfn & mask) - mask
-    return keys
+def _all_changed(kvm: Kvm, keys: list[int]) -> None:
+    for key in keys:
+        _changed(kvm, key)
+
+
+def _host_pages(slot: KvmMemorySlot, pages: range) -> list[int]:
+    """The first page of each host page that has one of the pages."""
+    return list(range(pages.start & slot.host_mask, pages.stop, -slot.host_mask))
 
 
 def break_cow(kvm: Kvm, slot: KvmMemorySlot, gfn: int) -> Operation[None]:
@@ -81,7 +81,8 @@ def break_cow(kvm: Kvm, slot: KvmMemorySlot, gfn: int) -> Operation[None]:
     The notifier change_pte tells KVM; contents stay.
     """
     host = kvm.host
-    key = gfn & slot.host_mask
+    page = gfn + slot.hva_delta
+    key = page & slot.host_mask
     if key not in host.readonly:
         return
     yield from _begin_change(kvm, [key])
@@ -92,12 +93,11 @@ def break_cow(kvm: Kvm, slot: KvmMemorySlot, gfn: int) -> Operation[None]:
     gone = _frames(kvm, slot, key)
     host.readonly.discard(key)
     host.assign(slot, key, host.take_pfn(slot))
-    pfn = host.pfn(key)
     host.backed(slot, key)
     yield Point.HOST_COW
-    yield from kvm_mmu_notifier_change_pte(kvm, gfn, pfn + gfn - key, True)
+    yield from kvm_mmu_notifier_change_pte(kvm, page, host.page_pfn(slot, page), True)
     _changed(kvm, key)
-    _revoked(kvm, gone)
+    _revoked(kvm, slot, gone)
 
 
 def gfn_to_pfn_prot(kvm: Kvm, gfn: int, write: bool) -> Operation[tuple[int, bool]]:
@@ -105,7 +105,7 @@ def gfn_to_pfn_prot(kvm: Kvm, gfn: int, write: bool) -> Operation[tuple[int, boo
 
     Sleeps: brings the page back, and for a write fault breaks copy on write.
     """
-    slot = kvm.gfn_to_memslot(gfn)
+    slot = kvm.visible_memslot(gfn)
     if slot is None:
         return NO_SLOT_PFN, True
     host = kvm.host
@@ -115,7 +115,8 @@ def gfn_to_pfn_prot(kvm: Kvm, gfn: int, write: bool) -> Operation[tuple[int, boo
     host.fault_in(slot, gfn)
     if write:
         yield from break_cow(kvm, slot, gfn)
-    return host.pfn(gfn), host.is_writable(gfn)
+    page = gfn + slot.hva_delta
+    return host.page_pfn(slot, page), page & slot.host_mask not in host.readonly
 
 
 def unmap(kvm: Kvm, gfn: int) -> Operation[None]:
@@ -124,58 +125,90 @@ def unmap(kvm: Kvm, gfn: int) -> Operation[None]:
     Raises NoSuchFrameError; so do the others here.
     """
     slot = kvm.host.slot(gfn)
-    yield from split(kvm, gfn)
     yield from _unmap_page(kvm, slot, gfn, swap=False)
 
 
 def reclaim(kvm: Kvm, gfn: int) -> Operation[None]:
     """Swap one page out (invalidate_page). It comes back in a frame never used before, with its contents."""
     slot = kvm.host.slot(gfn)
-    yield from split(kvm, gfn)
     yield from _unmap_page(kvm, slot, gfn, swap=True)
 
 
 def _unmap_page(kvm: Kvm, slot: KvmMemorySlot, gfn: int, swap: bool) -> Operation[None]:
-    key = gfn & slot.host_mask
+    page = gfn + slot.hva_delta
+    key = page & slot.host_mask
+    yield from _split(kvm, slot, page)
     yield from _begin_change(kvm, [key])
-    gone = _frames(kvm, slot, key)
-    kvm.host.absent.add(key)
-    if swap:
-        kvm.host.swapped.add(key)
-    yield Point.HOST_UNMAPPED
-    yield from kvm_mmu_notifier_invalidate_page(kvm, gfn)
+    if slot.memory.mapped:
+        gone = _frames(kvm, slot, key)
+        kvm.host.absent.add(key)
+        if swap:
+            kvm.host.swapped.add(key)
+        yield Point.HOST_UNMAPPED
+        yield from kvm_mmu_notifier_invalidate_page(kvm, page)
+        _revoked(kvm, slot, gone)
     _changed(kvm, key)
-    _revoked(kvm, gone)
 
 
 def unmap_range(kvm: Kvm, gfn: int, npages: int) -> Operation[None]:
-    """Take `npages` pages away from `gfn` on (invalidate_range_start and _end); they come back in the same frames."""
+    """Take `npages` pages away from `gfn` on (invalidate_range_start and _end); they come back in the same frames.
+
+    They must all be in one slot.
+    """
     host = kvm.host
     if npages <= 0:
         raise ConfigError("a range to unmap must have pages")
-    gfns = range(gfn, gfn + npages)
-    keys = _host_pages(kvm, gfns)
-    for block in range(gfn & ~511, gfn + npages, 512):
-        yield from split(kvm, max(block, gfn))
+    slot = host.slot(gfn)
+    if gfn + npages > slot.end_gfn:
+        raise NoSuchFrameError(slot.end_gfn)
+    pages = range(gfn + slot.hva_delta, gfn + slot.hva_delta + npages)
+    keys = _host_pages(slot, pages)
+    for block in range(pages.start & ~511, pages.stop, 512):
+        yield from _split(kvm, slot, max(block, pages.start))
     yield from _begin_change(kvm, keys)
-    gone = [pair for key in keys for pair in _frames(kvm, host.slot(key), key)]
+    if not slot.memory.mapped:
+        _all_changed(kvm, keys)
+        return
+    gone = [pair for key in keys for pair in _frames(kvm, slot, key)]
     host.absent.update(keys)
     yield Point.HOST_UNMAPPED
-    yield from kvm_mmu_notifier_invalidate_range_start(kvm, gfns)
-    for key in keys:
-        _changed(kvm, key)
-    _revoked(kvm, gone)
+    yield from kvm_mmu_notifier_invalidate_range_start(kvm, pages)
+    _all_changed(kvm, keys)
+    _revoked(kvm, slot, gone)
+    yield Point.NOTIFIER_RANGE_STARTED
+    yield from kvm_mmu_notifier_invalidate_range_end(kvm)
+
+
+def munmap(kvm: Kvm, slot: KvmMemorySlot) -> Operation[None]:
+    """User space unmaps the memory of a slot that it has deleted: frames and contents are the host's again.
+
+    The notifiers are called as for any range; they find no slot that has it.
+    """
+    host = kvm.host
+    keys = host.keys(slot)
+    yield Point.HOST_MUNMAP
+    yield from _begin_change(kvm, keys)
+    gone = [pair for key in keys for pair in _frames(kvm, slot, key)]
+    host.forget(slot.memory, keys)
+    yield Point.HOST_UNMAPPED
+    yield from kvm_mmu_notifier_invalidate_range_start(kvm, range(slot.memory.base, slot.memory.end))
+    _all_changed(kvm, keys)
+    _revoked(kvm, slot, gone)
     yield Point.NOTIFIER_RANGE_STARTED
     yield from kvm_mmu_notifier_invalidate_range_end(kvm)
 
 
 def split(kvm: Kvm, gfn: int) -> Operation[bool]:
     """Split the transparent huge page that holds the frame, for ever; returns whether there was one."""
+    slot = kvm.host.slot(gfn)
+    return (yield from _split(kvm, slot, gfn + slot.hva_delta))
+
+
+def _split(kvm: Kvm, slot: KvmMemorySlot, page: int) -> Operation[bool]:
     host = kvm.host
-    slot = host.slot(gfn)
-    if not host.is_trans_huge(slot, gfn):
+    if not host.is_trans_huge(slot, page - slot.hva_delta):
         return False
-    first = gfn & ~511
+    first = page & ~511
     host.split_blocks.add(first)
     yield from kvm_mmu_notifier_invalidate_range_start(kvm, range(first, first + 512))
     yield Point.NOTIFIER_RANGE_STARTED
@@ -187,16 +220,18 @@ def move(kvm: Kvm, gfn: int, pfn: int, writable: bool) -> Operation[None]:
     """Back the page by host frame `pfn`, present and writable or not (change_pte)."""
     host = kvm.host
     slot = host.slot(gfn)
-    yield from split(kvm, gfn)
-    key = gfn & slot.host_mask
+    page = gfn + slot.hva_delta
+    key = page & slot.host_mask
+    yield from _split(kvm, slot, page)
     yield from _begin_change(kvm, [key])
-    gone = _frames(kvm, slot, key)
-    host.absent.discard(key)
-    host.swapped.discard(key)
-    (host.readonly.discard if writable else host.readonly.add)(key)
-    host.assign(slot, key, pfn)
-    host.backed(slot, key)
-    yield Point.HOST_COW
-    yield from kvm_mmu_notifier_change_pte(kvm, gfn, pfn, writable)
+    if slot.memory.mapped:
+        gone = _frames(kvm, slot, key)
+        host.absent.discard(key)
+        host.swapped.discard(key)
+        (host.readonly.discard if writable else host.readonly.add)(key)
+        host.assign(slot, key, pfn)
+        host.backed(slot, key)
+        yield Point.HOST_COW
+        yield from kvm_mmu_notifier_change_pte(kvm, page, pfn, writable)
+        _revoked(kvm, slot, gone)
     _changed(kvm, key)
-    _revoked(kvm, gone)

@@ -17,7 +17,7 @@ __all__ = ["mapping_level", "mapping_level_dirty_bitmap", "transparent_hugepage_
 
 def mapping_level_dirty_bitmap(kvm: Kvm, gfn: int) -> bool:
     """Whether only small pages may map the frame: no slot, or its slot has dirty logging."""
-    slot = kvm.gfn_to_memslot(gfn)
+    slot = kvm.visible_memslot(gfn)
     return slot is None or slot.dirty_bitmap is not None
 
 
@@ -26,7 +26,7 @@ def mapping_level(kvm: Kvm, gfn: int) -> int:
 
     Read without mmu_lock: set_spte looks at the tables again.
     """
-    slot = kvm.gfn_to_memslot(gfn)
+    slot = kvm.visible_memslot(gfn)
     host_level = 1 if slot is None else min(slot.backing.level, MAX_PAGE_TABLE_LEVELS)
     level = 1
     while level < host_level and not has_wrprotected_page(kvm, gfn, level + 1):

@@ -7,15 +7,19 @@ Each slot has the guest's memory of its range, the reverse maps (which shadow en
 from __future__ import annotations
 
 import enum
-from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
+from typing import Final
 
 import msgspec
 
 from shadowmmu.kvm.constants import kvm_pages_per_hpage
 from shadowmmu.kvm.errors import ConfigError
 from shadowmmu.kvm.pte_list import PteList
+from shadowmmu.kvm.user_memory import UserMemory
 
-__all__ = ["Backing", "KvmMemorySlot", "MemorySlot", "check_memslots"]
+__all__ = ["KVM_MEMORY_SLOTS", "NO_SLOT", "Backing", "KvmMemorySlot", "MemorySlot", "check_memslots"]
+
+KVM_MEMORY_SLOTS: Final = 32
+"""Slots that user space may have; numbers count from 0."""
 
 
 class Backing(enum.Enum):
@@ -44,29 +48,33 @@ class MemorySlot(msgspec.Struct, frozen=True):
 class KvmMemorySlot:
     """A slot in use.
 
-    `words` is its memory as aligned 8-byte words. `rmap[level]` maps a frame number (level 1) or block number (frame
-    number >> 9 or >> 18) to its list of shadow entries; absent means empty. `write_count[level]` likewise for levels 2
-    and 3. `dirty_bitmap` is the set of dirty guest frames, or None without dirty logging. `host_mask` rounds a frame
-    number down to the first frame of its host page.
+    `memory` is user space's memory, `words` its aligned 8-byte words from the slot's first frame on; `hva_delta` is
+    what to add to a guest frame number for the host virtual page number, and `host_mask` rounds that down to the first
+    of its host page. `rmap[level]` maps a frame number (level 1) or block number (frame number >> 9 or >> 18) to its
+    list of shadow entries; absent means empty. `write_count[level]` likewise for levels 2 and 3. `dirty_bitmap` is the
+    set of dirty guest frames, or None without dirty logging. `invalid` (KVM_MEMSLOT_INVALID): the slot is going; KVM
+    finds what it keeps for it, but reaches its memory no more.
     """
 
     __slots__ = (
         "backing",
         "base_gfn",
         "bit",
-        "data",
         "dirty_bitmap",
         "dwords",
         "end_gfn",
         "host_mask",
+        "hva_delta",
         "id",
+        "invalid",
+        "memory",
         "npages",
         "rmap",
         "words",
         "write_count",
     )
 
-    def __init__(self, slot: MemorySlot) -> None:
+    def __init__(self, slot: MemorySlot, memory: UserMemory) -> None:
         self.id = slot.id
         self.bit = 1 << slot.id  # in the slot bitmaps of shadow pages
         self.base_gfn = slot.base_gfn
@@ -74,10 +82,11 @@ class KvmMemorySlot:
         self.end_gfn = slot.base_gfn + slot.npages
         self.backing = slot.backing
         self.host_mask = -kvm_pages_per_hpage(slot.backing.level)
-        # Anonymous memory costs nothing until it is touched; a bytearray of 1 GiB would be filled with zeros first.
-        self.data = memoryview(mmap(-1, slot.npages << 12, flags=MAP_PRIVATE | MAP_ANONYMOUS))
-        self.words: memoryview[int] = self.data.cast("Q")
-        self.dwords: memoryview[int] = self.data.cast("I")
+        self.memory = memory
+        self.hva_delta = memory.base - slot.base_gfn
+        self.words = memory.words
+        self.dwords = memory.dwords
+        self.invalid = False
         self.dirty_bitmap: set[int] | None = None
         self.rmap: tuple[dict[int, PteList], ...] = ({}, {}, {}, {})
         self.write_count: tuple[dict[int, int], ...] = ({}, {}, {}, {})
@@ -94,11 +103,30 @@ class KvmMemorySlot:
         if self.end_gfn & (pages - 1):
             counts[self.end_gfn >> shift] = 1
 
+    def moved(self, base_gfn: int) -> KvmMemorySlot:
+        """The slot at another place in guest memory. Reverse maps go with it, as arrays would; write counts are new."""
+        slot = KvmMemorySlot(MemorySlot(self.id, base_gfn, self.npages, self.backing), self.memory)
+        slot.rmap = self.rmap  # whoever holds the old slot adds to the same ones
+        for level in (1, 2, 3):
+            shift = 9 * (level - 1)
+            delta = (base_gfn >> shift) - (self.base_gfn >> shift)
+            rmap = self.rmap[level]
+            items = [(block + delta, sptes) for block, sptes in rmap.items()]
+            rmap.clear()
+            rmap.update(items)
+        if self.dirty_bitmap is not None:
+            slot.dirty_bitmap = {gfn - self.base_gfn + base_gfn for gfn in self.dirty_bitmap}
+        return slot
+
     def __contains__(self, gfn: int) -> bool:
         return self.base_gfn <= gfn < self.end_gfn
 
     def __repr__(self) -> str:
         return f"<KvmMemorySlot {self.id} frames {self.base_gfn}..{self.end_gfn - 1} {self.backing.value}>"
+
+
+NO_SLOT: Final = KvmMemorySlot(MemorySlot(0, 0, 0), UserMemory(0, 0, 0))
+"""A slot that holds no frame."""
 
 
 def check_memslots(slots: tuple[MemorySlot, ...]) -> None:
@@ -111,6 +139,8 @@ def check_memslots(slots: tuple[MemorySlot, ...]) -> None:
     for slot in sorted(slots, key=lambda s: s.base_gfn):
         if slot.npages <= 0 or slot.base_gfn < 0 or slot.id < 0:
             raise ConfigError(f"memory slot {slot.id} has no pages or a negative number")
+        if slot.id >= KVM_MEMORY_SLOTS:
+            raise ConfigError(f"memory slot {slot.id}: there are {KVM_MEMORY_SLOTS} slots")
         if slot.base_gfn < end:
             raise ConfigError(f"memory slot {slot.id} overlaps another")
         end = slot.base_gfn + slot.npages

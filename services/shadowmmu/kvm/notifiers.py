@@ -1,8 +1,8 @@
 """The MMU notifiers: how the host tells KVM that it changes, ages or takes away the frames of a guest.
 
 A page fault looks its frame up before it takes mmu_lock; `mmu_notifier_seq` and `mmu_notifier_count` let it find out
-that a notifier ran meanwhile. All functions take mmu_lock. Pages are named by guest frame number: in this model each
-host virtual address belongs to one guest frame.
+that a notifier ran meanwhile. All functions take mmu_lock. Pages are named by host virtual page number (`user_memory`):
+that is the guest frame number in the slots that a machine begins with. Slots that are going count too.
 """
 
 from __future__ import annotations
@@ -38,25 +38,29 @@ def mmu_notifier_retry(kvm: Kvm, seq: int) -> bool:
     return kvm.mmu_notifier_count != 0 or kvm.mmu_notifier_seq != seq
 
 
-def _rmaps(kvm: Kvm, gfn: int) -> list[tuple[KvmMemorySlot, int, int]]:
-    """The reverse maps that may map a guest frame: (slot, level, block)."""
-    slot = kvm.gfn_to_memslot(gfn)
-    return [] if slot is None else [(slot, level, gfn >> (9 * (level - 1))) for level in (1, 2, 3)]
+def _rmaps(kvm: Kvm, page: int) -> list[tuple[KvmMemorySlot, int, int]]:
+    """The reverse maps that may map a page: (slot, level, block)."""
+    for slot in kvm.memslots:
+        if slot.memory.base <= page < slot.memory.end:
+            gfn = page - slot.hva_delta
+            return [(slot, level, gfn >> (9 * (level - 1))) for level in (1, 2, 3)]
+    return []
 
 
-def _unmap(kvm: Kvm, gfn: int) -> bool:
-    """Drop every entry that maps the frame (kvm_unmap_hva)."""
+def _unmap(kvm: Kvm, page: int) -> bool:
+    """Drop every entry that maps the page (kvm_unmap_hva)."""
     dropped = False
-    for slot, level, block in _rmaps(kvm, gfn):
+    for slot, level, block in _rmaps(kvm, page):
         dropped |= kvm_unmap_rmapp(kvm, slot, level, block)
     return dropped
 
 
-def _unmap_range(kvm: Kvm, gfns: range) -> bool:
-    """Drop every entry that maps one of the frames."""
+def _unmap_range(kvm: Kvm, pages: range) -> bool:
+    """Drop every entry that maps one of the pages."""
     dropped = False
     for slot in kvm.memslots:
-        first, last = max(gfns.start, slot.base_gfn), min(gfns.stop, slot.end_gfn) - 1
+        delta = slot.hva_delta
+        first, last = max(pages.start - delta, slot.base_gfn), min(pages.stop - delta, slot.end_gfn) - 1
         if first > last:
             continue
         for level in (1, 2, 3):
@@ -90,19 +94,19 @@ def _unlock_and_flush(kvm: Kvm, need_flush: bool, point: Point) -> Operation[Non
         yield from kvm_flush_remote_tlbs(kvm)
 
 
-def kvm_mmu_notifier_invalidate_page(kvm: Kvm, gfn: int) -> Operation[None]:
+def kvm_mmu_notifier_invalidate_page(kvm: Kvm, page: int) -> Operation[None]:
     """The host takes one page away; on return no vCPU reaches its frame."""
     yield MmuLock.ACQUIRE
     kvm.mmu_notifier_seq += 1
-    need_flush = _unmap(kvm, gfn) | _deferred_flush(kvm)
+    need_flush = _unmap(kvm, page) | _deferred_flush(kvm)
     yield from _unlock_and_flush(kvm, need_flush, Point.NOTIFIER_UNLOCKED)
 
 
-def kvm_mmu_notifier_invalidate_range_start(kvm: Kvm, gfns: range) -> Operation[None]:
+def kvm_mmu_notifier_invalidate_range_start(kvm: Kvm, pages: range) -> Operation[None]:
     """The host is about to take pages away; until range_end no fault maps anything. On return none is reached."""
     yield MmuLock.ACQUIRE
     kvm.mmu_notifier_count += 1
-    need_flush = _unmap_range(kvm, gfns) | _deferred_flush(kvm)
+    need_flush = _unmap_range(kvm, pages) | _deferred_flush(kvm)
     yield from _unlock_and_flush(kvm, need_flush, Point.NOTIFIER_RANGE_UNLOCKED)
 
 
@@ -114,11 +118,11 @@ def kvm_mmu_notifier_invalidate_range_end(kvm: Kvm) -> Operation[None]:
     yield MmuLock.RELEASE
 
 
-def kvm_mmu_notifier_change_pte(kvm: Kvm, gfn: int, new_pfn: int, writable: bool) -> Operation[None]:
+def kvm_mmu_notifier_change_pte(kvm: Kvm, page: int, new_pfn: int, writable: bool) -> Operation[None]:
     """The host backs the page by another frame now; entries follow, read-only, or go if the frame is writable."""
     yield MmuLock.ACQUIRE
     kvm.mmu_notifier_seq += 1
-    for slot, level, block in _rmaps(kvm, gfn):
+    for slot, level, block in _rmaps(kvm, page):
         rmap = slot.rmap[level].get(block, 0)
         if not rmap:
             continue
@@ -138,12 +142,12 @@ def kvm_mmu_notifier_change_pte(kvm: Kvm, gfn: int, new_pfn: int, writable: bool
     yield MmuLock.RELEASE
 
 
-def kvm_mmu_notifier_clear_flush_young(kvm: Kvm, gfn: int) -> Operation[bool]:
+def kvm_mmu_notifier_clear_flush_young(kvm: Kvm, page: int) -> Operation[bool]:
     """Was the page used since this was last asked? Clears the accessed bits (without such bits: drops the entries)."""
     yield MmuLock.ACQUIRE
     young = False
     accessed = kvm.spte_format.accessed_mask
-    for slot, level, block in _rmaps(kvm, gfn):
+    for slot, level, block in _rmaps(kvm, page):
         if not accessed:
             young |= kvm_unmap_rmapp(kvm, slot, level, block)
             continue
@@ -156,12 +160,12 @@ def kvm_mmu_notifier_clear_flush_young(kvm: Kvm, gfn: int) -> Operation[bool]:
     return young
 
 
-def kvm_mmu_notifier_test_young(kvm: Kvm, gfn: int) -> Operation[bool]:
+def kvm_mmu_notifier_test_young(kvm: Kvm, page: int) -> Operation[bool]:
     """Was the page used since its accessed bits were last cleared? Changes nothing."""
     yield MmuLock.ACQUIRE
     accessed = kvm.spte_format.accessed_mask
     young = False
-    for slot, level, block in _rmaps(kvm, gfn):
+    for slot, level, block in _rmaps(kvm, page):
         for sptep in pte_list_entries(slot.rmap[level].get(block, 0)):
             sp, index = _entry(kvm, sptep)
             young |= sp.spt[index] & accessed != 0

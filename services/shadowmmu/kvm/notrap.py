@@ -60,7 +60,7 @@ def paging_prefetch_page(vcpu: Vcpu, sp: ShadowPage) -> Operation[None]:
     fmt = vcpu.mmu.fmt
     if sp.direct or (fmt.has_quadrants and sp.level > 1):
         return
-    slot = kvm.gfn_to_memslot(sp.gfn)
+    slot = kvm.visible_memslot(sp.gfn)
     if slot is None:
         return
     words = slot.words if fmt.entry_size == 8 else slot.dwords
@@ -69,7 +69,7 @@ def paging_prefetch_page(vcpu: Vcpu, sp: ShadowPage) -> Operation[None]:
     for start in range(0, PT64_ENT_PER_PAGE, step):
         if kvm.point_read_guest_memory:
             yield Point.READ_GUEST_MEMORY
-        if sp.gfn & slot.host_mask in kvm.host.absent:
+        if sp.gfn + slot.hva_delta & slot.host_mask in kvm.host.absent:
             return
         gptes = words[first + start : first + start + step]
         notrap = [index for index, gpte in enumerate(gptes, start) if not gpte & PT_PRESENT_MASK]

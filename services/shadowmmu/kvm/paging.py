@@ -105,7 +105,7 @@ def paging_sync_page(vcpu: Vcpu, sp: ShadowPage) -> Operation[bool]:
     gfmt = mmu.fmt
     fmt = kvm.spte_format
     spt = sp.spt
-    slot = kvm.gfn_to_memslot(sp.gfn)
+    slot = kvm.visible_memslot(sp.gfn)
     nr_present = 0
     base = 0
     entries = None
@@ -120,7 +120,7 @@ def paging_sync_page(vcpu: Vcpu, sp: ShadowPage) -> Operation[bool]:
     for index in sorted([index for index, spte in spt.items() if spte] if kvm.bypass_guest_pf else spt):
         if kvm.point_read_guest_memory:
             yield Point.READ_GUEST_MEMORY
-        if slot is None or entries is None or sp.gfn & slot.host_mask in kvm.host.absent:
+        if slot is None or entries is None or sp.gfn + slot.hva_delta & slot.host_mask in kvm.host.absent:
             return True
         gpte = entries[base + index]
         if kvm.point_gpte_read:
@@ -165,7 +165,7 @@ def paging_update_pte(vcpu: Vcpu, sp: ShadowPage, index: int, gpte: int) -> Oper
         return
     access = sp.access & gpte_access(mmu, gpte, True)
     gfn = (gpte & mmu.fmt.base_addr_mask) >> 12
-    slot = kvm.gfn_to_memslot(gfn)
+    slot = kvm.visible_memslot(gfn)
     pfn = NO_SLOT_PFN if slot is None else kvm.host.atomic_pfn(slot, gfn)
     if pfn != BAD_PFN and (slot is not None or kvm.mmio_sptes):
         yield from mmu_set_spte(vcpu, sp, index, slot, access, False, False, 1, gfn, pfn, True, True)

@@ -4,32 +4,38 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from shadowmmu.cpu.x86 import PT_PRESENT_MASK
+from shadowmmu.cpu.x86 import PFERR_USER_MASK, PFERR_WRITE_MASK, PT_PRESENT_MASK
 from shadowmmu.kvm.effects import Operation
 from shadowmmu.kvm.points import Point
 
 if TYPE_CHECKING:
-    from shadowmmu.kvm.vcpu import Vcpu
+    from shadowmmu.kvm.vcpu import PagingUnit
 
 __all__ = ["kvm_pdptr_read", "load_pdptrs", "pdptrs_changed"]
 
 
-def _read_pdptes(vcpu: Vcpu, cr3: int) -> Operation[list[int] | None]:
+def _read_pdptes(vcpu: PagingUnit, cr3: int) -> Operation[list[int] | None]:
     """The four entries in memory at `cr3` (low five bits ignored); None outside of memory."""
     kvm = vcpu.kvm
     gfn = cr3 >> 12
-    slot = kvm.gfn_to_memslot(gfn)
+    translate = vcpu.mmu.translate_gpa
+    if translate is not None:
+        real = yield from translate(gfn << 12, PFERR_USER_MASK | PFERR_WRITE_MASK)
+        if real.fault is not None:
+            return None
+        gfn = real.gfn
+    slot = kvm.visible_memslot(gfn)
     if slot is None:
         return None
     if kvm.point_read_guest_memory:
         yield Point.READ_GUEST_MEMORY
     if kvm.host.absent:
         kvm.host.fault_in(slot, gfn)
-    first = (cr3 & ~0x1F) - (slot.base_gfn << 12) >> 3
+    first = ((gfn - slot.base_gfn << 12) + (cr3 & 0xFE0)) >> 3
     return slot.words[first : first + 4].tolist()
 
 
-def load_pdptrs(vcpu: Vcpu, cr3: int) -> Operation[bool]:
+def load_pdptrs(vcpu: PagingUnit, cr3: int) -> Operation[bool]:
     """Load the PDPTEs; returns False and keeps the old ones if they cannot be read or a present one is malformed.
 
     The reserved bits are those of the context in force, for a small entry of level 3.
@@ -44,13 +50,13 @@ def load_pdptrs(vcpu: Vcpu, cr3: int) -> Operation[bool]:
     return True
 
 
-def kvm_pdptr_read(vcpu: Vcpu, index: int) -> Operation[int]:
+def kvm_pdptr_read(vcpu: PagingUnit, index: int) -> Operation[int]:
     """One PDPTE. It is read from memory each time (kvm_pdptr_read_mmu); what cannot be loaded stays as it was."""
     yield from load_pdptrs(vcpu, vcpu.cr3)
     return vcpu.pdptrs[index]
 
 
-def pdptrs_changed(vcpu: Vcpu) -> Operation[bool]:
+def pdptrs_changed(vcpu: PagingUnit) -> Operation[bool]:
     """Whether the PDPTEs in memory differ from those loaded; False outside of PAE mode."""
     if vcpu.is_long_mode or not vcpu.is_pae:
         return False

@@ -56,6 +56,12 @@ class Point(enum.Enum):
     NOTIFIER_YOUNG_UNLOCKED = "clear_flush_young: lock dropped, flush not asked for yet"
     DIRTY_LOG_SWAPPED = "kvm_vm_ioctl_get_dirty_log: bitmap swapped, write access not removed yet"
     DIRTY_LOG_COPY = "kvm_vm_ioctl_get_dirty_log: write access removed, log not returned yet"
+    SLOTS_LOCK = "__kvm_set_memory_region, kvm_vm_ioctl_get_dirty_log: slots_lock not taken yet"
+    MEMSLOT_INVALID = "__kvm_set_memory_region: slot invalid and its readers gone, shadow not flushed yet"
+    MEMSLOT_PUBLISHED = "__kvm_set_memory_region: new slots published, write access not removed yet"
+    MEMSLOT_COMMITTED = "__kvm_set_memory_region: write access removed, shadow not flushed yet"
+    FLUSH_SHADOW_ZAPPED = "kvm_arch_flush_shadow: everything zapped, reload not asked for yet"
+    HOST_MUNMAP = "host: slot deleted, its memory not unmapped yet"
 
     # Memory points
     READ_GUEST_MEMORY = "before a read of guest memory"

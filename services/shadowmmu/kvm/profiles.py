@@ -89,6 +89,33 @@ FIXES: Final[dict[str, Fix]] = {
             status=FixStatus.MUTANT,
             description="the notifiers also flush when tlbs_dirty is not 0; without it they ignore tlbs_dirty",
         ),
+        Fix(
+            slug="stale-mmio-cache",
+            bug="A12",
+            commit="56f17dd3fbc44adcdbc3340fe3988ddb833a47a7",
+            title="kvm: x86: fix stale mmio cache bug",
+            years="2011-2014",
+            status=FixStatus.LATENT,
+            description="a vCPU's cache of the last frame without memory does not outlive a change of memory slots",
+        ),
+        Fix(
+            slug="gpa-base-change",
+            bug="A14",
+            commit="KVM: perform an invalid memslot step for gpa base change",
+            title="KVM: perform an invalid memslot step for gpa base change",
+            years="2010-2012",
+            status=FixStatus.LATENT,
+            description="a slot that moves is made invalid, and the shadow flushed, before it is at its new place",
+        ),
+        Fix(
+            slug="memslot-delete-flush",
+            bug="B25",
+            commit="34d4cb8fca1f2a31be152b74797e6cd160ec9de6",
+            title="KVM: MMU: nuke shadowed pgtable pages and ptes on memslot destruction",
+            years="2007-2008",
+            status=FixStatus.MUTANT,
+            description="the shadow is flushed before a slot is deleted; without it mappings of its frames stay",
+        ),
     )
 }
 """Every fix by slug."""
@@ -114,10 +141,13 @@ class Profile:
 
     __slots__ = (
         "fixes",
+        "gpa_base_change",
         "kernel",
         "link_before_sync",
+        "memslot_delete_flush",
         "name",
         "notifier_flush_outside_lock",
+        "stale_mmio_cache",
         "sync_drop_noflush",
         "tlbs_dirty_missed_wp",
     )
@@ -130,6 +160,9 @@ class Profile:
         self.link_before_sync = "link-before-sync" in fixes
         self.notifier_flush_outside_lock = "notifier-flush-outside-lock" in fixes
         self.sync_drop_noflush = "sync-drop-noflush" in fixes
+        self.stale_mmio_cache = "stale-mmio-cache" in fixes
+        self.gpa_base_change = "gpa-base-change" in fixes
+        self.memslot_delete_flush = "memslot-delete-flush" in fixes
 
     @classmethod
     def parse(cls, text: str) -> Profile:

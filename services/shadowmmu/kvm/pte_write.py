@@ -99,12 +99,12 @@ def kvm_mmu_pte_write(
             size = 8
         yield Point.PTE_WRITE_READ
         data = 0
-        slot = kvm.gfn_to_memslot(gfn)
+        slot = kvm.visible_memslot(gfn)
         if slot is not None:
             if kvm.point_read_guest_memory:
                 yield Point.READ_GUEST_MEMORY
             kvm.host.fault_in(slot, gfn)
-            data = kvm.memory.read(gpa, size)
+            data = kvm.memory.read_in(slot, gpa, size)
     gentry = data if size in (4, 8) else 0
     yield Point.PTE_WRITE_LOCK
     yield MmuLock.ACQUIRE

@@ -12,6 +12,7 @@ from shadowmmu.kvm.effects import Operation
 from shadowmmu.kvm.page import ShadowPage
 from shadowmmu.kvm.points import Point
 from shadowmmu.kvm.pte_list import pte_list_add, pte_list_entries, pte_list_first, pte_list_remove
+from shadowmmu.protocol.events import AuditFailed
 
 if TYPE_CHECKING:
     from shadowmmu.kvm.memslots import KvmMemorySlot
@@ -44,14 +45,39 @@ def rmap_remove(kvm: Kvm, sp: ShadowPage, index: int) -> None:
     gfn = sp.gfn + (index << (9 * (sp.level - 1))) if sp.direct else sp.gfns[index]
     slot = kvm.gfn_to_memslot(gfn)
     if slot is None:
-        raise LookupError(f"entry {index} of {sp!r} maps frame {gfn}, which is in no slot")
+        _rmap_lost(kvm, sp, index, f"frame {gfn}, which is in no slot")
+        return
     rmap = slot.rmap[sp.level]
     block = gfn >> (9 * (sp.level - 1))
-    rest = pte_list_remove(rmap[block], sp.hpa + (index << 3))
+    try:
+        rest = pte_list_remove(rmap.get(block, 0), sp.hpa + (index << 3))
+    except ValueError:
+        _rmap_lost(kvm, sp, index, f"frame {gfn}, whose reverse map does not have it")
+        return
     if rest:
         rmap[block] = rest
     else:
         del rmap[block]
+
+
+def _rmap_lost(kvm: Kvm, sp: ShadowPage, index: int, text: str) -> None:
+    """What a memory slot that went or moved without its mappings leaves behind (bugs A14, B25).
+
+    The kernel uses a null pointer here, or stops with BUG. Here the run is told, and goes on: the entry is taken out
+    of whatever reverse map has it.
+    """
+    if kvm.trace is not None:
+        kvm.trace(AuditFailed("rmap_remove", f"entry {index} of {sp!r} maps {text}: the kernel stops here"))
+    sptep = sp.hpa + (index << 3)
+    for slot in kvm.memslots:
+        rmap = slot.rmap[sp.level]
+        for block, sptes in list(rmap.items()):
+            if sptep in pte_list_entries(sptes):
+                rest = pte_list_remove(sptes, sptep)
+                if rest:
+                    rmap[block] = rest
+                else:
+                    del rmap[block]
 
 
 def drop_spte(kvm: Kvm, sp: ShadowPage, index: int) -> bool:

@@ -105,8 +105,8 @@ def mmu_alloc_shadow_roots(vcpu: Vcpu) -> Operation[bool]:
 
 
 def mmu_check_root(vcpu: Vcpu, root_gfn: int) -> bool:
-    """Whether the guest's root is in a slot; if not, a triple fault is requested."""
-    if vcpu.kvm.gfn_to_memslot(root_gfn) is None:
+    """Whether the guest's root is in a slot (kvm_is_visible_gfn); if not, a triple fault is requested."""
+    if vcpu.kvm.visible_memslot(root_gfn) is None:
         vcpu.requests |= KVM_REQ_TRIPLE_FAULT
         return False
     return True

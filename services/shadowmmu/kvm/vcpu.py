@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from shadowmmu.cpu.x86 import (
     CR0_AT_RESET,
@@ -18,11 +18,19 @@ from shadowmmu.kvm.constants import INVALID_PAGE, REQUEST_NAMES, VcpuMode
 from shadowmmu.kvm.gpte import FORMAT_64, GuestFormat, ReservedBits
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from shadowmmu.kvm.contexts import MmuContext
+    from shadowmmu.kvm.effects import Operation
     from shadowmmu.kvm.page import ShadowPage
     from shadowmmu.kvm.vm import Kvm
+    from shadowmmu.kvm.walker import GuestWalker
 
-__all__ = ["Mmu", "Vcpu"]
+__all__ = ["Mmu", "PagingUnit", "TranslateGpa", "Vcpu"]
+
+
+TranslateGpa: TypeAlias = "Callable[[int, int], Operation[GuestWalker]]"
+"""(guest physical address in bytes, PFERR_* bits of the access) -> the walk that translated it."""
 
 
 class Mmu:
@@ -31,7 +39,8 @@ class Mmu:
     `root_hpa` is the address of the root shadow page, INVALID_PAGE without a root; with PAE shadow tables the roots
     are the four `pae_root` entries, and root_hpa only says that they are loaded. `valid_gpte_test`: a guest entry of
     level 1 may be mapped without a walk exactly if `gpte & valid_gpte_test == P | A`. `loading_roots` are the pages
-    that a root load at work has counted and not put in place yet.
+    that a root load at work has counted and not put in place yet. `translate_gpa`: how the addresses that the guest's
+    tables give become the machine's; None if they are these (always, but for the guest of a guest).
     """
 
     __slots__ = (
@@ -47,6 +56,7 @@ class Mmu:
         "root_level",
         "rsvd_bits_mask",
         "shadow_root_level",
+        "translate_gpa",
         "valid_gpte_test",
     )
 
@@ -64,57 +74,26 @@ class Mmu:
         self.large_levels = 0
         self.loading_roots: list[ShadowPage] = []
         self.valid_gpte_test = PT_PRESENT_MASK | PT_ACCESSED_MASK
+        self.translate_gpa: TranslateGpa | None = None
 
 
-class Vcpu:
-    """One virtual CPU.
+class PagingUnit:
+    """What a walk of a guest's tables depends on: the registers and the paging context.
 
-    `requests` are KVM_REQ_* bits. `exception` is the page fault queued for injection: (error code, cr2), or None.
-    `last_pte_updated` is the address of the shadow entry that was last set speculatively, 0 for none.
+    `vcpu_id` is the vCPU that walks. `pdptrs` are the cached PDPTEs of PAE paging.
     """
 
-    __slots__ = (
-        "cr0",
-        "cr2",
-        "cr3",
-        "cr4",
-        "efer",
-        "exception",
-        "kvm",
-        "last_pt_write_count",
-        "last_pt_write_gfn",
-        "last_pte_gfn",
-        "last_pte_updated",
-        "mmio_access",
-        "mmio_gfn",
-        "mmio_gva",
-        "mmu",
-        "mode",
-        "pdptrs",
-        "requests",
-        "vcpu_id",
-    )
+    __slots__ = ("cr0", "cr3", "cr4", "efer", "kvm", "mmu", "pdptrs", "vcpu_id")
 
     def __init__(self, kvm: Kvm, vcpu_id: int, context: MmuContext) -> None:
         self.kvm = kvm
         self.vcpu_id = vcpu_id
-        self.mode = VcpuMode.OUTSIDE_GUEST_MODE
-        self.requests = 0
         self.cr0 = CR0_AT_RESET
-        self.cr2 = 0
         self.cr3 = 0
         self.cr4 = 0
         self.efer = 0
         self.pdptrs = [0, 0, 0, 0]
         self.mmu = Mmu(context)
-        self.exception: tuple[int, int] | None = None
-        self.last_pt_write_gfn = 0
-        self.last_pt_write_count = 0
-        self.last_pte_updated = 0
-        self.last_pte_gfn = 0
-        self.mmio_gva = 0
-        self.mmio_gfn = 0
-        self.mmio_access = 0
 
     @property
     def is_paging(self) -> bool:
@@ -140,6 +119,45 @@ class Vcpu:
     def is_long_mode(self) -> bool:
         """EFER.LMA."""
         return self.efer & EFER_LMA != 0
+
+
+class Vcpu(PagingUnit):
+    """One virtual CPU.
+
+    `requests` are KVM_REQ_* bits. `exception` is the page fault queued for injection: (error code, cr2), or None.
+    `last_pte_updated` is the address of the shadow entry that was last set speculatively, 0 for none.
+    `mmio_generation`: of the memory slots, when the MMIO cache was last filled.
+    """
+
+    __slots__ = (
+        "cr2",
+        "exception",
+        "last_pt_write_count",
+        "last_pt_write_gfn",
+        "last_pte_gfn",
+        "last_pte_updated",
+        "mmio_access",
+        "mmio_generation",
+        "mmio_gfn",
+        "mmio_gva",
+        "mode",
+        "requests",
+    )
+
+    def __init__(self, kvm: Kvm, vcpu_id: int, context: MmuContext) -> None:
+        super().__init__(kvm, vcpu_id, context)
+        self.mode = VcpuMode.OUTSIDE_GUEST_MODE
+        self.requests = 0
+        self.cr2 = 0
+        self.exception: tuple[int, int] | None = None
+        self.last_pt_write_gfn = 0
+        self.last_pt_write_count = 0
+        self.last_pte_updated = 0
+        self.last_pte_gfn = 0
+        self.mmio_gva = 0
+        self.mmio_gfn = 0
+        self.mmio_access = 0
+        self.mmio_generation = 0
 
     def request_names(self) -> list[str]:
         """The pending requests by name."""

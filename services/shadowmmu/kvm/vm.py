@@ -16,12 +16,13 @@ from shadowmmu.kvm.contexts import build_context, initial_context
 from shadowmmu.kvm.errors import ConfigError
 from shadowmmu.kvm.guest_memory import GuestMemory
 from shadowmmu.kvm.host_memory import HostMemory
-from shadowmmu.kvm.memslots import KvmMemorySlot, MemorySlot, check_memslots
+from shadowmmu.kvm.memslots import NO_SLOT, KvmMemorySlot, MemorySlot, check_memslots
 from shadowmmu.kvm.page import SHADOW_PAGE_BASE, ShadowPage
 from shadowmmu.kvm.points import MEMORY_POINTS, Point
 from shadowmmu.kvm.profiles import KernelTree, Profile
 from shadowmmu.kvm.spte import SHADOW_TRAP_NONPRESENT_PTE, SpteFormat, ept_format, shadow_format
 from shadowmmu.kvm.stats import KvmStat, NotrapStat
+from shadowmmu.kvm.user_memory import UserMemory
 from shadowmmu.kvm.vcpu import Vcpu
 from shadowmmu.protocol.events import Event
 from shadowmmu.protocol.messages import Tdp
@@ -69,6 +70,9 @@ class Kvm:
     `trace`, if given, is called with each event of the model as it happens. `memory_points` are the memory points
     that operations yield; none at first.
 
+    `memslots` are the slots in force, by first frame; they change as a whole (`publish_memslots`). `slots_locked`:
+    somebody holds slots_lock.
+
     `mmio_sptes`: frames without memory get shadow entries of their own. `shadow_trap_nonpresent_pte`: the value of
     entries that a shadow page's `spt` does not hold.
 
@@ -78,8 +82,10 @@ class Kvm:
 
     __slots__ = (
         "_last_slot",
+        "_last_visible_slot",
         "_memory_points",
         "_next_serial",
+        "_visible_memslots",
         "active_mmu_pages",
         "bypass_guest_pf",
         "config",
@@ -88,6 +94,7 @@ class Kvm:
         "invlpg_counter",
         "memory",
         "memslots",
+        "memslots_generation",
         "mmio_sptes",
         "mmu_notifier_count",
         "mmu_notifier_seq",
@@ -102,6 +109,7 @@ class Kvm:
         "point_spte_update",
         "profile",
         "shadow_trap_nonpresent_pte",
+        "slots_locked",
         "spte_format",
         "stat",
         "tlbs_dirty",
@@ -120,12 +128,13 @@ class Kvm:
         self.mmio_sptes = config.profile.kernel is not KernelTree.PRE_PATCH
         self.bypass_guest_pf = config.bypass_guest_pf
         self.shadow_trap_nonpresent_pte = SHADOW_TRAP_NONPRESENT_PTE if config.bypass_guest_pf else 0
-        self.memslots = tuple(
-            KvmMemorySlot(slot) for slot in sorted(config.memslots, key=lambda s: s.base_gfn)
-        )
-        self._last_slot = self.memslots[0]
-        self.memory = GuestMemory(self.memslots)
-        self.host = HostMemory(self)
+        slots = [KvmMemorySlot(s, UserMemory(s.base_gfn, s.npages, s.base_gfn)) for s in config.memslots]
+        self.memory = GuestMemory(())
+        self.host = HostMemory(self, [slot.memory for slot in slots])
+        self._last_slot = self._last_visible_slot = NO_SLOT
+        self.memslots_generation = 0
+        self.slots_locked = False
+        self.publish_memslots(slots)
         self.stat = KvmStat()
         self.notrap = NotrapStat()
         self.vcpus: list[Vcpu] = []
@@ -175,6 +184,25 @@ class Kvm:
                 self._last_slot = slot
                 return slot
         return None
+
+    def visible_memslot(self, gfn: int) -> KvmMemorySlot | None:
+        """The slot through which KVM reaches a guest frame's memory (gfn_to_hva): not one that is going."""
+        slot = self._last_visible_slot
+        if slot.base_gfn <= gfn < slot.end_gfn:
+            return slot
+        for slot in self._visible_memslots:
+            if slot.base_gfn <= gfn < slot.end_gfn:
+                self._last_visible_slot = slot
+                return slot
+        return None
+
+    def publish_memslots(self, slots: Iterable[KvmMemorySlot]) -> None:
+        """These slots, as they are now, are what everybody finds from now on (rcu_assign_pointer)."""
+        self.memslots = tuple(sorted(slots, key=lambda slot: slot.base_gfn))
+        self._visible_memslots = tuple(slot for slot in self.memslots if not slot.invalid)
+        self._last_slot = self._last_visible_slot = NO_SLOT
+        self.memory.slots = self.memslots
+        self.memslots_generation += 1
 
     def memslot(self, slot_id: int) -> KvmMemorySlot | None:
         """The slot with that number."""

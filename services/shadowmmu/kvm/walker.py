@@ -34,7 +34,7 @@ from shadowmmu.protocol.events import GpteUpdate, Injected
 
 if TYPE_CHECKING:
     from shadowmmu.kvm.memslots import KvmMemorySlot
-    from shadowmmu.kvm.vcpu import Mmu, Vcpu
+    from shadowmmu.kvm.vcpu import Mmu, PagingUnit, Vcpu
 
 __all__ = ["GuestWalker", "gpte_access", "inject_page_fault", "walk_addr"]
 
@@ -44,7 +44,8 @@ class GuestWalker:
 
     Lists are indexed by level - 1. `fault` is the error code if the walk faulted, else None. `gfn` is the frame that
     the address maps to, `level` the level of the entry that maps it; `pt_access` the rights of all levels above it,
-    `pte_access` those with it (ACC_*). `prefetch_ptes` is filled by fetch.
+    `pte_access` those with it (ACC_*). `prefetch_ptes` is filled by fetch. `nested_fault`: (address, error code) if it
+    was the translation of a guest physical address that faulted (see `nested`), else None.
     """
 
     __slots__ = (
@@ -52,6 +53,7 @@ class GuestWalker:
         "fault",
         "gfn",
         "level",
+        "nested_fault",
         "prefetch_ptes",
         "pt_access",
         "pte_access",
@@ -63,6 +65,7 @@ class GuestWalker:
     def __init__(self, address: int) -> None:
         self.address = address
         self.fault: int | None = None
+        self.nested_fault: tuple[int, int] | None = None
         self.gfn = 0
         self.level = 0
         self.table_gfn = [0, 0, 0, 0]
@@ -75,7 +78,9 @@ class GuestWalker:
     @property
     def gpa(self) -> int:
         """The guest physical address, UNMAPPED_GVA after a fault."""
-        return UNMAPPED_GVA if self.fault is not None else self.gfn << 12 | self.address & PAGE_OFFSET_MASK
+        if self.fault is not None or self.nested_fault is not None:
+            return UNMAPPED_GVA
+        return self.gfn << 12 | self.address & PAGE_OFFSET_MASK
 
 
 def gpte_access(mmu: Mmu, gpte: int, last: bool) -> int:
@@ -97,7 +102,7 @@ def inject_page_fault(vcpu: Vcpu, error_code: int, address: int) -> None:
         vcpu.kvm.trace(Injected(vcpu.vcpu_id, error_code, address))
 
 
-def walk_addr(vcpu: Vcpu, address: int, access: int) -> Operation[GuestWalker]:
+def walk_addr(vcpu: PagingUnit, address: int, access: int) -> Operation[GuestWalker]:
     """Walk the guest's tables for an access of kind `access` (PFERR_WRITE, _USER, _FETCH bits).
 
     Rights are checked level by level, but a lack of them ends the walk only after the last level: not-present and
@@ -114,6 +119,7 @@ def walk_addr(vcpu: Vcpu, address: int, access: int) -> Operation[GuestWalker]:
     level_bits = fmt.level_bits
     base_addr_mask = fmt.base_addr_mask
     rsvd_small, rsvd_large = mmu.rsvd_bits_mask
+    translate = mmu.translate_gpa
     walker = GuestWalker(address)
     table_gfns, pte_gpas, ptes = walker.table_gfn, walker.pte_gpa, walker.ptes
     while True:  # each turn is one walk; it starts again if an entry changes under it
@@ -134,9 +140,17 @@ def walk_addr(vcpu: Vcpu, address: int, access: int) -> Operation[GuestWalker]:
             pte_gpa = (table_gfn << 12) + index * entry_size
             table_gfns[level - 1] = table_gfn
             pte_gpas[level - 1] = pte_gpa
+            if translate is not None:
+                real = yield from translate(table_gfn << 12, PFERR_USER_MASK | PFERR_WRITE_MASK)
+                if real.fault is not None:
+                    walker.nested_fault = table_gfn << 12, real.fault
+                    error = 0
+                    break
+                table_gfn = real.gfn
+                pte_gpa = (table_gfn << 12) + index * entry_size
             if kvm.point_read_guest_memory:
                 yield Point.READ_GUEST_MEMORY
-            slot = kvm.gfn_to_memslot(table_gfn)
+            slot = kvm.visible_memslot(table_gfn)
             if slot is None:
                 error = 0
                 break
@@ -165,17 +179,23 @@ def walk_addr(vcpu: Vcpu, address: int, access: int) -> Operation[GuestWalker]:
             if level == 1 or (pte & PT_PAGE_SIZE_MASK and mmu.large_levels >> level & 1):
                 if denied:
                     break
+                shift = 12 + level_bits * (level - 1)
+                page_mask = (1 << shift) - 1
+                gfn = (pte & base_addr_mask & ~page_mask) + (address & page_mask) >> 12
+                if level > 1 and fmt.large_needs_pse:
+                    gfn += pse36_gfn_delta(pte)
+                if translate is not None:
+                    real = yield from translate(gfn << 12, access)
+                    if real.fault is not None:
+                        walker.nested_fault = gfn << 12, real.fault
+                        return walker
+                    gfn = real.gfn
                 if write and not pte & PT_DIRTY_MASK:
                     if not (yield from _cmpxchg_gpte(vcpu, slot, pte_gpa, pte, pte | PT_DIRTY_MASK)):
                         lost = True
                         break
                     pte |= PT_DIRTY_MASK
                     ptes[level - 1] = pte
-                shift = 12 + level_bits * (level - 1)
-                page_mask = (1 << shift) - 1
-                gfn = (pte & base_addr_mask & ~page_mask) + (address & page_mask) >> 12
-                if level > 1 and fmt.large_needs_pse:
-                    gfn += pse36_gfn_delta(pte)
                 walker.gfn = gfn
                 walker.level = level
                 walker.pt_access = pt_access
@@ -192,7 +212,7 @@ def walk_addr(vcpu: Vcpu, address: int, access: int) -> Operation[GuestWalker]:
     return walker
 
 
-def _cmpxchg_gpte(vcpu: Vcpu, slot: KvmMemorySlot, pte_gpa: int, old: int, new: int) -> Operation[bool]:
+def _cmpxchg_gpte(vcpu: PagingUnit, slot: KvmMemorySlot, pte_gpa: int, old: int, new: int) -> Operation[bool]:
     """Set A or D in a guest entry; returns False if it is no longer `old`. Looks its frame up for write."""
     kvm = vcpu.kvm
     gfn = pte_gpa >> 12
@@ -202,9 +222,9 @@ def _cmpxchg_gpte(vcpu: Vcpu, slot: KvmMemorySlot, pte_gpa: int, old: int, new: 
     if kvm.host.readonly:
         yield from break_cow(kvm, slot, gfn)
     size = vcpu.mmu.fmt.entry_size
-    if kvm.memory.read(pte_gpa, size) != old:
+    if kvm.memory.read_in(slot, pte_gpa, size) != old:
         return False
-    kvm.memory.write(pte_gpa, size, new)
+    kvm.memory.write_in(slot, pte_gpa, size, new)
     if slot.dirty_bitmap is not None:
         slot.dirty_bitmap.add(gfn)
     if kvm.trace is not None:

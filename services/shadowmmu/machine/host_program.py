@@ -1,4 +1,4 @@
-"""What the rest of the host does to a guest: reclaim, migration, dirty logging, memory pressure.
+"""What the rest of the host does to a guest: reclaim, migration, dirty logging, memory pressure, device memory.
 
 A seeded, endless sequence of host operations. A real host takes the pages away that a guest uses least; races are
 found on those that it uses most. So most operations go to the ends of the vCPUs' partitions of guest memory, where
@@ -11,7 +11,7 @@ import random
 from collections import deque
 from typing import Final
 
-from shadowmmu.cpu.guest import Layout, huge_base
+from shadowmmu.cpu.guest import huge_base, working_frames
 from shadowmmu.cpu.guest.layout import BLOCK_PAGES
 from shadowmmu.protocol import messages as m
 
@@ -20,6 +20,10 @@ __all__ = ["HostProgram"]
 MIN_MMU_PAGES: Final = 64
 WORKING_SET: Final = 48
 """Frames at each end of a partition that the guest uses most."""
+DEVICE_SLOT: Final = 2
+DEVICE_PAGES: Final = 8
+DEVICE_BASES: Final = (1, 4)
+"""Where, from the end of RAM on, a device's memory comes and goes: some of the device frames that guests use."""
 IDLE_SCAN: Final = 64
 """Pages that one search for idle ones looks at."""
 
@@ -35,10 +39,10 @@ class HostProgram:
         self._pages = config.memory_pages
         self._huge_base = huge_base(config.memory_pages)
         self._mmu_pages = config.mmu_pages
-        layout = Layout(config, vcpus)
-        self._partitions = [layout.partition(vcpu) for vcpu in range(vcpus)]
+        self._partitions = working_frames(config, vcpus)
         self._recent: deque[int] = deque(maxlen=16)
         self._logging: set[int] = set()
+        self._device_mapped = False
         self._kinds, self._weights = zip(
             (self._unmap, 30),
             (self._unmap_range, 6),
@@ -51,6 +55,7 @@ class HostProgram:
             (self._shrink, 3),
             (self._set_mmu_pages, 3),
             (self._zap_all, 1),
+            (self._device_memory, 4),
             strict=True,
         )
 
@@ -117,3 +122,9 @@ class HostProgram:
 
     def _zap_all(self) -> m.HostOperation:
         return m.ZapAll()
+
+    def _device_memory(self) -> m.HostOperation:
+        """The memory of a device, like a graphics card's, is mapped, moved or unmapped."""
+        base = self._pages + self._random.choice(DEVICE_BASES)
+        self._device_mapped = not self._device_mapped or self._random.random() < 0.5
+        return m.SetMemoryRegion(DEVICE_SLOT, base, DEVICE_PAGES if self._device_mapped else 0)

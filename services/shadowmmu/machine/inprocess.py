@@ -19,6 +19,7 @@ from shadowmmu.machine.host_program import HostProgram
 from shadowmmu.machine.journal import Attached, HostAsked, VcpuSent
 from shadowmmu.machine.machine import HostDone, ToVcpu
 from shadowmmu.machine.runner import Runner
+from shadowmmu.machine.vm_config import welcome
 from shadowmmu.protocol import messages as m
 
 __all__ = ["InProcessResult", "boot_inputs", "run_in_process"]
@@ -73,7 +74,8 @@ class _InProcessRun:
             self._runner.submit(item)
             self._settle()
         self._host_outstanding = 0
-        for core in self._cores:
+        for number, core in enumerate(self._cores):
+            core.receive(welcome(config, number, 1, heartbeat=0.0))
             core.start()
 
     def _settle(self) -> None:

@@ -8,13 +8,12 @@ happen; the order within the lane never changes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator
 from typing import TYPE_CHECKING
 
-from shadowmmu.cpu import Translation, WalkFault, hardware_walk
+from shadowmmu.cpu import EptMisconfig, PendingWalk, Translation, WalkFault, WalkResult
 from shadowmmu.kvm import VcpuMode
 from shadowmmu.protocol import messages
-from shadowmmu.protocol.events import AccessFlag, Walked
+from shadowmmu.protocol.events import AccessFlag, Bypassed, Walked
 from shadowmmu.protocol.messages import LockedOp, LoggedAccess
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ class VcpuLane:
         self.queue: deque[LaneItem] = deque()
         self.interrupts: set[int] = set()
         self._position = 0  # in the log at the head of the queue
-        self._walk: Generator[None, None, Translation | WalkFault] | None = None
+        self._walk: PendingWalk | None = None
 
     @property
     def runnable(self) -> bool:
@@ -109,18 +108,19 @@ class VcpuLane:
         count = left if left == 1 else min(left, 1 + self._machine.choices.below(MAX_BURST))
         items = []
         stores = 0
-        gfn_of = self._machine.host.gfn_of
-        store, load = self._machine.memory.write, self._machine.memory.read
+        locate = self._machine.host.locate
         for flags, gva, pfn, size, value in accesses[start : start + count]:
-            gfn = gfn_of(pfn)
-            assert gfn is not None  # `Machine.refusal` has seen to it
-            gpa = gfn << 12 | gva & 0xFFF
+            located = locate(pfn)
+            assert located is not None  # `Machine.refusal` has seen to it
+            memory, page = located
+            index = page - memory.base
             if flags & _WRITE:
                 stores += 1
-                store(gpa, size, value)
-                items.append((flags, gva, gfn, pfn, size, value))
+                memory.write(index << 12 | gva & 0xFFF, size, value)
+                items.append((flags, gva, index + memory.base_gfn, pfn, size, value))
             else:
-                items.append((flags, gva, gfn, pfn, size, load(gpa, size)))
+                loaded = memory.read(index << 12 | gva & 0xFFF, size)
+                items.append((flags, gva, index + memory.base_gfn, pfn, size, loaded))
         self._machine.applied(self, items, stores)
         if count == left:
             self._position = 0
@@ -131,18 +131,20 @@ class VcpuLane:
 
     def _apply_one(self, access: LoggedAccess) -> int:
         flags, gva, pfn, size, _ = access
-        gfn = self._machine.host.gfn_of(pfn)
-        assert gfn is not None
-        value = self._machine.memory.read(gfn << 12 | gva & 0xFFF, size)
-        self._machine.applied(self, [(flags, gva, gfn, pfn, size, value)], 0)
+        located = self._machine.host.locate(pfn)
+        assert located is not None
+        memory, page = located
+        value = memory.read(page - memory.base << 12 | gva & 0xFFF, size)
+        self._machine.applied(self, [(flags, gva, memory.gfn(page), pfn, size, value)], 0)
         return value
 
     def _apply_locked(self, locked: messages.Locked) -> int:
         flags, gva, pfn, size, operand = locked.access
-        gfn = self._machine.host.gfn_of(pfn)
-        assert gfn is not None
-        gpa = gfn << 12 | gva & 0xFFF
-        old = self._machine.memory.read(gpa, size)
+        located = self._machine.host.locate(pfn)
+        assert located is not None
+        memory, page = located
+        offset = page - memory.base << 12 | gva & 0xFFF
+        old = memory.read(offset, size)
         match locked.op:
             case LockedOp.CMPXCHG:
                 new = operand if old == locked.expected else old
@@ -150,21 +152,19 @@ class VcpuLane:
                 new = operand
             case _:
                 new = (old + operand) & ((1 << 8 * size) - 1)
-        self._machine.memory.write(gpa, size, new)
+        memory.write(offset, size, new)
         flags |= AccessFlag.WRITE | AccessFlag.LOCKED
-        self._machine.applied(self, [(int(flags), gva, gfn, pfn, size, new)], 1)
+        self._machine.applied(self, [(int(flags), gva, memory.gfn(page), pfn, size, new)], 1)
         return old
 
     def _advance_walk(self, walk: messages.Walk) -> None:
         if self._walk is None:
-            self._walk = hardware_walk(
-                self._machine.tables, self._machine.tables.root(self.vcpu), walk.gva, walk.flags
-            )
+            self._walk = self._machine.tables.walk(self.vcpu, walk.gva, walk.flags)
         try:
             next(self._walk)
             return
         except StopIteration as stop:
-            result: Translation | WalkFault = stop.value
+            result: WalkResult = stop.value
         self._walk = None
         self.queue.popleft()
         emit = self._machine.events.emit
@@ -176,5 +176,11 @@ class VcpuLane:
                 )
                 self._reply(messages.Walked(self.entry, walk.walk, result.pfn, result.level, flags))
             case WalkFault():
-                emit(Walked(self.number, self.entry, walk.gva, result.error_code, -1, 0, walk.flags))
-                self._reply(messages.WalkFault(self.entry, walk.walk, result.error_code))
+                error_code = result.error_code
+                emit(Walked(self.number, self.entry, walk.gva, error_code, -1, 0, walk.flags))
+                if not self._machine.page_fault_filter.exits(error_code):
+                    emit(Bypassed(self.number, walk.gva, error_code))
+                self._reply(messages.WalkFault(self.entry, walk.walk, error_code))
+            case EptMisconfig():
+                emit(Walked(self.number, self.entry, walk.gva, 0, -1, 0, walk.flags))
+                self._reply(messages.WalkFault(self.entry, walk.walk, 0, misconfig=True))

@@ -18,7 +18,17 @@ from typing import TypeAlias
 import msgspec
 
 from shadowmmu import kvm as k
-from shadowmmu.kvm import HostPageLock, Kick, MmuLock, Operation, Point, PointKind, VcpuMode
+from shadowmmu.kvm import (
+    HostPageLock,
+    Kick,
+    MmuLock,
+    Operation,
+    Point,
+    PointKind,
+    SlotsLock,
+    Srcu,
+    VcpuMode,
+)
 from shadowmmu.machine.choices import Choices
 from shadowmmu.machine.coverage import Coverage, WaitPoint
 from shadowmmu.machine.event_stream import EventStream
@@ -28,7 +38,7 @@ from shadowmmu.machine.operations import HostResult, VcpuRun, handle_exit, host_
 from shadowmmu.machine.refusals import host_operation_refusal, vcpu_refusal
 from shadowmmu.machine.shadow_tables import ShadowTables
 from shadowmmu.machine.task import Stop, Task
-from shadowmmu.machine.vm_config import kvm_config
+from shadowmmu.machine.vm_config import kvm_config, page_fault_filter
 from shadowmmu.protocol import events as ev
 from shadowmmu.protocol import messages as m
 from shadowmmu.protocol.errors import ErrorCode
@@ -37,10 +47,6 @@ __all__ = ["HostDone", "Machine", "Output", "ToVcpu"]
 
 UNCOVERED_PARK_RATE = 0.9
 """Share of the operations parked at a point at which no other operation, or no store, has fallen yet."""
-MOST_PROLONGED = 20
-"""How often the stay of an operation parked at such a point may be prolonged."""
-HOST_BURST_RATE = 0.25
-"""Share of the paced host operations that start together with the next one: pages are busy only then."""
 AUDIT_SAMPLE_RATE = 0.002
 """Share of the operations after which a sampled audit looks."""
 
@@ -50,6 +56,7 @@ KNOWN_OUTCOMES = (
     "vcpu.register_write.general_protection",
 )
 """Outcomes that a report shows as "never" if they did not occur."""
+KNOWN_EPT_OUTCOMES = ("vcpu.ept_misconfig.retry", "vcpu.ept_misconfig.mmio")
 
 
 class ToVcpu(msgspec.Struct, frozen=True):
@@ -85,10 +92,13 @@ class Machine:
         self.host = self.kvm.host
         self.memory = self.kvm.memory
         self.tables = ShadowTables(self.kvm)
+        self.page_fault_filter = page_fault_filter(config)
         self.lanes: list[VcpuLane] = []
         self.outputs: list[Output] = []
         self.coverage = Coverage()
         self.coverage.outcomes.update(dict.fromkeys(KNOWN_OUTCOMES, 0))
+        if config.tdp is m.Tdp.EPT:
+            self.coverage.outcomes.update(dict.fromkeys(KNOWN_EPT_OUTCOMES, 0))
         self.counters: Counter[str] = Counter()
         self.lock_wait_steps: Counter[int] = Counter()
         self.steps = 0
@@ -98,6 +108,7 @@ class Machine:
         self._lock_waiters: list[Task] = []
         self._kick_waiters: list[Task] = []
         self._busy_waiters: list[Task] = []
+        self._srcu_waiters: list[Task] = []
         self._lock_owner: Task | None = None
         self._park_rate = config.park_rate
         self._paced: deque[HostAsked] = deque()
@@ -153,9 +164,9 @@ class Machine:
             assert isinstance(effect, Point), effect
         self.outputs.append(HostDone(item.ticket, 0, []))
 
-    def refusal(self, body: object) -> tuple[ErrorCode, str] | None:
-        """Why a vCPU's message makes no sense for this machine, or None. Changes nothing."""
-        return vcpu_refusal(self.host, body)
+    def refusal(self, vcpu: int, body: object) -> tuple[ErrorCode, str] | None:
+        """Why a message of the vCPU makes no sense for this machine, or None. Changes nothing."""
+        return vcpu_refusal(self.kvm.vcpus[vcpu], body)
 
     def host_refusal(self, operation: m.HostOperation) -> str | None:
         """Why the arguments of a host operation are not usable, or None. Changes nothing."""
@@ -195,6 +206,7 @@ class Machine:
             *self._lock_waiters,
             *self._kick_waiters,
             *self._busy_waiters,
+            *self._srcu_waiters,
         ]
 
     def _end_incarnation(self, lane: VcpuLane, code: ErrorCode, text: str = "") -> None:
@@ -234,7 +246,7 @@ class Machine:
         if self._parked:
             self._wake(self.steps)
         if self._paced and self._progress >= self._host_due:
-            self._start_host_operations(min(len(self._paced), 1 + self.choices.chance(HOST_BURST_RATE)))
+            self._start_host_operations(1)
         ready: list[Task | VcpuLane] = [lane for lane in self.lanes if lane.runnable]
         ready += self._ready
         if self._lock_owner is None:
@@ -243,7 +255,7 @@ class Machine:
             if not (self._parked and resume_parked):
                 self.steps -= 1
                 return False
-            ready += [task for task in self._parked if not self._stays(task)] or self._parked
+            ready += self._parked
         chosen = ready[0] if len(ready) == 1 else ready[self.choices.below(len(ready))]
         if isinstance(chosen, VcpuLane):
             chosen.step()
@@ -252,23 +264,9 @@ class Machine:
         return True
 
     def _wake(self, now: int) -> None:
-        for task in [task for task in self._parked if task.wake <= now]:
-            if self._stays(task):
-                task.prolonged += 1
-                task.wake = now + self.config.park_steps
-            else:
-                self._parked.remove(task)
-                self._ready.append(task)
-
-    def _stays(self, task: Task) -> bool:
-        """Whether a parked operation stays when its time is over: where nothing has fallen in any stay so far."""
-        point = task.point
-        return (
-            task.prolonged < MOST_PROLONGED
-            and point is not None
-            and not self.coverage.covered(point)
-            and self.coverage.fell(task.vcpu, task.mark) != (True, True)
-        )
+        if any(task.wake <= now for task in self._parked):
+            self._ready += [task for task in self._parked if task.wake <= now]
+            self._parked = [task for task in self._parked if task.wake > now]
 
     def _start(
         self,
@@ -289,11 +287,10 @@ class Machine:
         task.point = point
         task.mark = self.coverage.mark(task.vcpu)
         task.since = self.steps
-        task.prolonged = 0
 
     def _resume(self, task: Task) -> None:
         match task.stop:
-            case Stop.READY | Stop.PARKED | Stop.KICK | Stop.BUSY:
+            case Stop.READY | Stop.PARKED | Stop.KICK | Stop.BUSY | Stop.SRCU:
                 (self._parked if task in self._parked else self._ready).remove(task)
             case Stop.LOCK:
                 self._lock_waiters.remove(task)
@@ -336,8 +333,12 @@ class Machine:
                 if kicked is None:
                     return
                 answer = kicked
-            elif effect is HostPageLock.BUSY:
-                self.counters["page_lock.waited"] += not was_busy
+            elif effect is Srcu.SYNCHRONIZE:
+                if not self._synchronize(task):
+                    return
+            elif effect is HostPageLock.BUSY or effect is SlotsLock.BUSY:
+                if effect is HostPageLock.BUSY:
+                    self.counters["page_lock.waited"] += not was_busy
                 task.stop = Stop.BUSY
                 self._busy_waiters.append(task)
                 return
@@ -371,6 +372,24 @@ class Machine:
         self._stop(task, WaitPoint.MMU_LOCK, Stop.LOCK)
         self._lock_waiters.append(task)
         return False
+
+    def _synchronize(self, task: Task) -> bool:
+        """True if no operation of a vCPU is under way that would have to be waited for."""
+        self.coverage.reached[WaitPoint.SRCU] += 1
+        task.readers = {other.number for other in self._all_tasks() if other.lane is not None}
+        if not task.readers:
+            return True
+        self.coverage.parked[WaitPoint.SRCU] += 1
+        self._stop(task, WaitPoint.SRCU, Stop.SRCU)
+        self._srcu_waiters.append(task)
+        return False
+
+    def _reader_ended(self, number: int) -> None:
+        for task in [task for task in self._srcu_waiters if number in task.readers]:
+            task.readers.discard(number)
+            if not task.readers:
+                self._srcu_waiters.remove(task)
+                self._ready.append(task)
 
     def _reached(self, task: Task, point: Point) -> bool:
         """True if the operation is parked at the point."""
@@ -456,6 +475,8 @@ class Machine:
         match reason:
             case m.PageFaultExit():
                 gva, error_code = reason.gva, reason.error_code
+            case m.EptMisconfigExit():
+                gva = reason.gpa
             case m.InvlpgExit():
                 gva = reason.gva
             case _:
@@ -498,6 +519,7 @@ class Machine:
 
     def _finish(self, task: Task, value: VcpuRun | HostResult) -> None:
         self._wake_busy_waiters()
+        self._reader_ended(task.number)
         self._lpages_highest = max(self._lpages_highest, self.kvm.stat.lpages)
         self.events.emit(ev.OperationEnded(task.number))
         match value:
@@ -597,6 +619,7 @@ class Machine:
         counters["kvm.mmu_unsync.highest"] = stat.mmu_unsync_highest
         counters["kvm.lpages.current"] = counters.pop("kvm.lpages")
         counters["kvm.lpages.highest"] = self._lpages_highest
+        counters |= {f"kvm.{name}": value for name, value in self.kvm.bypass_counters().items()}
         counters |= self.counters
         counters |= self.coverage.counters()
         counters["accesses.applied"] = self._progress - sum(

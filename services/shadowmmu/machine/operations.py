@@ -42,8 +42,7 @@ class HostResult(msgspec.Struct):
     gfns: list[int] = []
 
 
-def _instruction(exit_: m.PageFaultExit) -> Instruction:
-    asked = exit_.instruction
+def _instruction(gva: int, asked: m.Instruction) -> Instruction:
     flags = asked.flags
     if asked.op is not None:
         kind = InstructionKind(asked.op.value)
@@ -55,7 +54,7 @@ def _instruction(exit_: m.PageFaultExit) -> Instruction:
         kind = InstructionKind.READ
     return Instruction(
         kind=kind,
-        gva=exit_.gva,
+        gva=gva,
         size=asked.size,
         value=asked.value,
         user=bool(flags & AccessFlag.USER),
@@ -63,8 +62,8 @@ def _instruction(exit_: m.PageFaultExit) -> Instruction:
     )
 
 
-def _page_fault(vcpu: Vcpu, exit_: m.PageFaultExit, run: VcpuRun) -> Operation[None]:
-    outcome = yield from k.kvm_mmu_page_fault(vcpu, exit_.gva, exit_.error_code, _instruction(exit_))
+def _fault(operation: Operation[k.FaultOutcome], run: VcpuRun) -> Operation[None]:
+    outcome = yield from operation
     run.outcome = outcome.outcome.value
     match outcome.outcome:
         case k.Outcome.INJECT:
@@ -85,8 +84,10 @@ def handle_exit(vcpu: Vcpu, reason: m.ExitReason | None) -> Operation[VcpuRun]:
     """
     run = VcpuRun("enter" if reason is None else m.tag_of(reason))
     match reason:
-        case m.PageFaultExit():
-            yield from _page_fault(vcpu, reason, run)
+        case m.PageFaultExit(gva, error_code, asked):
+            yield from _fault(k.kvm_mmu_page_fault(vcpu, gva, error_code, _instruction(gva, asked)), run)
+        case m.EptMisconfigExit(gpa, asked):
+            yield from _fault(k.handle_ept_misconfig(vcpu, gpa, _instruction(gpa, asked)), run)
         case m.InvlpgExit():
             yield from k.kvm_mmu_invlpg(vcpu, reason.gva)
         case m.RegisterWriteExit():
@@ -133,7 +134,9 @@ def _reclaim_idle(kvm: Kvm, gfns: list[int]) -> Operation[HostResult]:
     """Looks for pages that no shadow entry has used, and swaps them out."""
     gone = 0
     for gfn in gfns:
-        if kvm.host.is_present(gfn) and not (yield from k.kvm_mmu_notifier_test_young(kvm, gfn)):
+        if kvm.host.is_present(gfn) and not (
+            yield from k.kvm_mmu_notifier_test_young(kvm, kvm.host.page(gfn))
+        ):
             yield from k.host.reclaim(kvm, gfn)
             gone += 1
     return HostResult(gone)
@@ -150,12 +153,47 @@ def _write_phys(kvm: Kvm, words: list[tuple[int, int]]) -> Operation[HostResult]
         slot = kvm.host.slot(gpa >> 12)
         kvm.host.fault_in(slot, gpa >> 12)
         yield from k.host.break_cow(kvm, slot, gpa >> 12)
-        kvm.memory.write(gpa, 8, value)
+        kvm.memory.write_in(slot, gpa, 8, value)
     return HostResult()
+
+
+def _set_memory_region(kvm: Kvm, asked: m.SetMemoryRegion) -> Operation[HostResult]:
+    """User space changes a slot; the memory of one that it has deleted it unmaps."""
+    backing = k.Backing.HUGE_2M if asked.huge else k.Backing.SMALL
+    region = k.MemorySlot(asked.slot, asked.gfn, asked.npages, backing)
+    slot = yield from k.kvm_set_memory_region(kvm, region)
+    if not asked.npages:
+        yield from k.host.munmap(kvm, slot)
+    return HostResult(1)
+
+
+def _while_it_exists(operation: Operation[HostResult]) -> Operation[HostResult]:
+    """Nothing happens if the memory slots are no longer such that the operation makes sense."""
+    try:
+        return (yield from operation)
+    except k.KvmError:
+        return HostResult(0)
 
 
 def host_operation(kvm: Kvm, operation: m.HostOperation) -> Operation[HostResult]:
     """The model's operation for what the host agent asked."""
+    return _while_it_exists(_host_operation(kvm, operation))
+
+
+def _move(kvm: Kvm, gfn: int, writable: bool) -> Operation[HostResult]:
+    yield from k.host.move(kvm, gfn, kvm.host.take_pfn(kvm.host.slot(gfn)), writable)
+    return HostResult()
+
+
+def _age(kvm: Kvm, gfn: int) -> Operation[HostResult]:
+    return HostResult(int((yield from k.kvm_mmu_notifier_clear_flush_young(kvm, kvm.host.page(gfn)))))
+
+
+def _test_age(kvm: Kvm, gfn: int) -> Operation[HostResult]:
+    return HostResult(int((yield from k.kvm_mmu_notifier_test_young(kvm, kvm.host.page(gfn)))))
+
+
+def _host_operation(kvm: Kvm, operation: m.HostOperation) -> Operation[HostResult]:
     match operation:
         case m.Unmap(gfn):
             return _if_present(kvm, gfn, k.host.unmap(kvm, gfn))
@@ -166,15 +204,17 @@ def host_operation(kvm: Kvm, operation: m.HostOperation) -> Operation[HostResult
         case m.ReclaimIdle(gfns):
             return _reclaim_idle(kvm, gfns)
         case m.Move(gfn, writable):
-            return _nothing(k.host.move(kvm, gfn, kvm.host.take_pfn(kvm.host.slot(gfn)), writable))
+            return _move(kvm, gfn, writable)
         case m.Age(gfn):
-            return _number(k.kvm_mmu_notifier_clear_flush_young(kvm, gfn))
+            return _age(kvm, gfn)
         case m.TestAge(gfn):
-            return _number(k.kvm_mmu_notifier_test_young(kvm, gfn))
+            return _test_age(kvm, gfn)
         case m.SetDirtyLog(slot, enable):
             return _nothing(k.set_dirty_logging(kvm, slot, enable))
         case m.GetDirtyLog(slot):
             return _dirty_log(kvm, slot)
+        case m.SetMemoryRegion():
+            return _set_memory_region(kvm, operation)
         case m.Shrink(n):
             return _number(k.mmu_shrink(kvm, n))
         case m.SetMmuPages(n):

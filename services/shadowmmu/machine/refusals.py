@@ -5,36 +5,62 @@ A refused message changes nothing; whoever submits inputs asks first.
 
 from __future__ import annotations
 
-from shadowmmu.kvm import HostMemory, Kvm
+from typing import Final, TypeAlias
+
+from shadowmmu.kvm import Kvm, Vcpu
 from shadowmmu.protocol import messages as m
 from shadowmmu.protocol.errors import ErrorCode
+from shadowmmu.protocol.messages import Tdp
 
 __all__ = ["host_operation_refusal", "vcpu_refusal"]
 
-ACCESS_SIZES = (1, 2, 4, 8)
+Refusal: TypeAlias = tuple[ErrorCode, str]
+
+ACCESS_SIZES: Final = (1, 2, 4, 8)
+ADDRESSES: Final = 1 << 64
+ADDRESSES_32: Final = 1 << 32
+"""Outside of long mode an address has 32 bits."""
 
 
-def vcpu_refusal(host: HostMemory, body: object) -> tuple[ErrorCode, str] | None:
-    """Why a vCPU's message makes no sense for this machine, or None. Changes nothing."""
+def vcpu_refusal(vcpu: Vcpu, body: object) -> Refusal | None:
+    """Why a message of the vCPU makes no sense for this machine, or None. Changes nothing."""
+    end = ADDRESSES if vcpu.is_long_mode else ADDRESSES_32
     match body:
         case m.Log():
             accesses = body.accesses
         case m.Load() | m.Locked():
             accesses = [body.access]
+        case m.Walk(_, _, gva, _) | m.Exit(_, m.InvlpgExit(gva)):
+            return _address_refusal(gva, end)
         case m.Exit(_, m.PageFaultExit(gva, _, instruction)):
-            return _shape_refusal(gva, instruction.size)
+            return _shape_refusal(gva, instruction.size) or _address_refusal(gva, end)
+        case m.Exit(_, m.EptMisconfigExit(gpa, instruction)):
+            if vcpu.kvm.config.tdp is not Tdp.EPT:
+                return ErrorCode.MALFORMED, "there are no EPT tables in this machine"
+            return _shape_refusal(gpa, instruction.size) or _address_refusal(gpa, end)
         case _:
             return None
-    gfn_of = host.gfn_of
+    gfn_of = vcpu.kvm.host.gfn_of
     for _, gva, pfn, size, _ in accesses:
         if gfn_of(pfn) is None:
             return ErrorCode.UNKNOWN_FRAME, f"host frame {pfn} never backed guest memory"
         if size not in ACCESS_SIZES or (gva & 0xFFF) + size > 0x1000:
             return _shape_refusal(gva, size)
+        if gva >= end:
+            return _address_refusal(gva, end)
     return None
 
 
-def _shape_refusal(gva: int, size: int) -> tuple[ErrorCode, str] | None:
+def _address_refusal(gva: int, end: int) -> Refusal | None:
+    if gva >= end:
+        return (
+            ErrorCode.MALFORMED,
+            f"address {gva:#x} has more than 32 bits, and the vCPU is not in long mode",
+        )
+    return None
+
+
+def _shape_refusal(gva: int, size: int) -> Refusal | None:
     if size not in ACCESS_SIZES:
         return ErrorCode.MALFORMED, f"an access has 1, 2, 4 or 8 bytes, not {size}"
     if (gva & 0xFFF) + size > 0x1000:
@@ -81,5 +107,8 @@ def host_operation_refusal(kvm: Kvm, operation: m.HostOperation) -> str | None:
             return None
         case m.SetRegisters():
             return None if operation.vcpu < len(kvm.vcpus) else f"there is no vCPU {operation.vcpu}"
+        case m.SetMemoryRegion(_, gfn, npages):
+            limit = 1 << kvm.config.guest_maxphyaddr - 12
+            return None if gfn + npages <= limit else f"gfns {gfn} to {gfn + npages - 1} are beyond {limit}"
         case m.Shrink() | m.SetMmuPages() | m.ZapAll():
             return None

@@ -19,7 +19,8 @@ class Stop(enum.Enum):
     LOCK = enum.auto()  # for mmu_lock
     KICK = enum.auto()  # for the answers of kicked vCPUs
     PARKED = enum.auto()  # for some steps
-    BUSY = enum.auto()  # for another operation on the same page
+    BUSY = enum.auto()  # for another operation on the same page, or on memory slots
+    SRCU = enum.auto()  # for operations of vCPUs
 
 
 class Task:
@@ -35,7 +36,7 @@ class Task:
         "number",
         "operation",
         "point",
-        "prolonged",
+        "readers",
         "since",
         "stop",
         "ticket",
@@ -62,8 +63,8 @@ class Task:
         self.mark = (0, 0)
         self.since = 0  # the step at which it stopped
         self.wake = 0  # the step at which it is ready again
-        self.prolonged = 0  # how often its time to be parked was over and it stayed
         self.kick: set[tuple[int, int]] = set()
+        self.readers: set[int] = set()  # numbers of the operations that it waits for
 
     @property
     def vcpu(self) -> int:

@@ -72,7 +72,7 @@ class Peers:
     def attach(self, peer: Peer, attach: m.Attach) -> m.Attached:
         """Gives an attaching peer its place: the number of a vCPU.
 
-        Raises RemoteProtocolError if there is no place. The heartbeat and VPID fields are for the caller to set.
+        Raises RemoteProtocolError if there is no place. The other fields are for the caller to set.
         """
         vcpu = self._place(attach)
         self._incarnations += 1

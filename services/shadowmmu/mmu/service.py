@@ -30,6 +30,7 @@ from shadowmmu.machine import (
     boot_inputs,
 )
 from shadowmmu.machine.event_stream import EventListener
+from shadowmmu.machine.vm_config import welcome
 from shadowmmu.mmu.journal_file import JournalFile
 from shadowmmu.mmu.peers import Peer, Peers
 from shadowmmu.protocol import (
@@ -164,7 +165,7 @@ class MmuService:
         try:
             envelope = TO_MMU.decode(frames)
             if known:
-                self._check_contents(envelope)
+                self._check_contents(peer, envelope)
             act = peer.session.receive(envelope)
             if act and isinstance(envelope.body, m.Attach):
                 self._attach(peer, envelope.body)
@@ -175,8 +176,8 @@ class MmuService:
         if act:
             self._act(peer, envelope)
 
-    def _check_contents(self, envelope: Envelope) -> None:
-        refusal = self.runner.machine.refusal(envelope.body)
+    def _check_contents(self, peer: Peer, envelope: Envelope) -> None:
+        refusal = None if peer.vcpu is None else self.runner.machine.refusal(peer.vcpu, envelope.body)
         if refusal is not None:
             code, text = refusal
             raise RemoteProtocolError(code, text, incarnation=envelope.incarnation, seq=envelope.seq)
@@ -195,8 +196,7 @@ class MmuService:
         if place.vcpu is not None:
             self.runner.submit(Attached(place.vcpu, place.incarnation))
         log.info("attached", peer=attach.name, role=attach.role.value, vcpu=place.vcpu)
-        welcome = m.Attached(place.vcpu, place.incarnation, self._config.vpid, self._heartbeat)
-        self._out.append((peer, welcome))
+        self._out.append((peer, welcome(self._config, place.vcpu, place.incarnation, self._heartbeat)))
 
     def _refuse(self, peer: Peer, error: RemoteProtocolError) -> None:
         self.counters[f"errors.{error.code.value}"] += 1

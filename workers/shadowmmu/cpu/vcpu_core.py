@@ -10,7 +10,8 @@ locked operation. Accesses that hit the TLB go into the log, which is shipped be
 
 When an exit's instruction is executed: INVLPG, register writes, IPIs and HLT are executed by their exit (the next
 Entered only adds `general_protection`); the access of a page fault is executed if the next Entered says `completed`,
-and otherwise executed again, unless a fault was injected. Relies on `tlb` and on the interface in `program`.
+and otherwise executed again, unless a fault was injected. A page fault whose error code does not fit the mask and
+match of Attached does not exit: the program takes it at once. Relies on `tlb` and on the interface in `program`.
 """
 
 from __future__ import annotations
@@ -76,12 +77,13 @@ class VcpuCore:
         self._mutant = config.mutant
         self._state = _State.OUTSIDE
         self._wait = _Wait.NOTHING
-        self._faulted = False  # the last exit was a page fault
+        self._faulted = False  # the last exit was a page fault, or an EPT misconfiguration
         self._halted = False  # the last exit was HLT
         self._kicked = False  # a kick of this entry is to be answered
         self._draining = False
         self._walk = 0
         self._walk_for = (0, 0)  # gva and access type
+        self._pfec_mask = self._pfec_match = 0  # all page faults exit
         self._log: list[LoggedAccess] = []
         self._credits = LOG_CREDITS
         self._output: list[VcpuMessage] = []
@@ -171,7 +173,9 @@ class VcpuCore:
                 self._kick(body)
             case m.Ended():
                 self._state = _State.LEFT
-            case m.Attached() | m.Heartbeat() | m.HostReply() | m.ErrorReply():
+            case m.Attached():
+                self._pfec_mask, self._pfec_match = body.pfec_mask, body.pfec_match
+            case m.Heartbeat() | m.HostReply() | m.ErrorReply():
                 pass
 
     def _entered(self, message: m.Entered) -> None:
@@ -239,11 +243,18 @@ class VcpuCore:
         if not self._answers_walk(message):
             return
         self._wait = _Wait.NOTHING
-        op = self.program.fetch()
         gva, _ = self._walk_for
+        error_code = message.error_code
         self.tlb.invalidate(gva)
-        self._faulted = True
-        self._exit(m.PageFaultExit(gva, message.error_code, _instruction(op)))
+        if message.misconfig:
+            self._faulted = True
+            self._exit(m.EptMisconfigExit(gva, _instruction(self.program.fetch())))
+        elif error_code & self._pfec_mask == self._pfec_match:
+            self._faulted = True
+            self._exit(m.PageFaultExit(gva, error_code, _instruction(self.program.fetch())))
+        else:
+            self._counts["bypassed"] += 1
+            self.program.page_fault(error_code, gva)
 
     def _answers_walk(self, message: m.Walked | m.WalkFault) -> bool:
         if self._wait is _Wait.WALK and message.entry == self.entry and message.walk == self._walk:

@@ -16,7 +16,16 @@ import msgspec
 from shadowmmu.cpu import x86
 from shadowmmu.protocol.events import AccessFlag
 
-__all__ = ["Tables", "Translation", "WalkFault", "WalkResult", "hardware_walk"]
+__all__ = [
+    "EptMisconfig",
+    "PendingWalk",
+    "Tables",
+    "Translation",
+    "WalkFault",
+    "WalkResult",
+    "hardware_walk",
+    "leaf_frame",
+]
 
 T = TypeVar("T")
 
@@ -40,7 +49,13 @@ class WalkFault(msgspec.Struct, frozen=True, tag="walk_fault", gc=False):
     error_code: int
 
 
-WalkResult: TypeAlias = Translation | WalkFault
+class EptMisconfig(msgspec.Struct, frozen=True, tag="ept_misconfig", gc=False):
+    """A walk of EPT tables met an entry whose bits contradict one another: KVM's mark for a frame without memory."""
+
+
+WalkResult: TypeAlias = Translation | WalkFault | EptMisconfig
+PendingWalk: TypeAlias = Generator[None, None, WalkResult]
+"""A walk under way: it yields before each read of an entry."""
 
 
 class Tables(Protocol[T]):
@@ -61,7 +76,7 @@ class Tables(Protocol[T]):
 
 def hardware_walk(
     tables: Tables[T], root: T, gva: int, flags: int, level: int = x86.PT64_ROOT_LEVEL
-) -> Generator[None, None, WalkResult]:
+) -> PendingWalk:
     """Translate `gva` for an access of type `flags` (AccessFlag bits 0 to 4); yields before each entry's read.
 
     `level` is that of `root`: 4 for a 4-level table, 3 for the four PAE root entries, which are chosen by address
@@ -113,9 +128,6 @@ def hardware_walk(
         leaf = used[-1][2]
         if _set_accessed_dirty(tables, used, write):
             break
-    frame = (leaf & x86.PT64_BASE_ADDR_MASK) >> x86.PAGE_SHIFT
-    if at > x86.PT_PAGE_TABLE_LEVEL:
-        frame &= ~((1 << (x86.PT64_LEVEL_BITS * (at - 1))) - 1)
     result = 0
     if rights & x86.PT_WRITABLE_MASK:
         result |= AccessFlag.MAY_WRITE
@@ -127,7 +139,13 @@ def hardware_walk(
         result |= AccessFlag.DIRTY
     if at > x86.PT_PAGE_TABLE_LEVEL:
         result |= AccessFlag.LARGE
-    return Translation(frame, at, int(result))
+    return Translation(leaf_frame(leaf, at), at, int(result))
+
+
+def leaf_frame(leaf: int, level: int) -> int:
+    """The first 4 KiB frame of what the entry `leaf` at `level` maps."""
+    frame = (leaf & x86.PT64_BASE_ADDR_MASK) >> x86.PAGE_SHIFT
+    return frame & ~((1 << (x86.PT64_LEVEL_BITS * (level - 1))) - 1)
 
 
 def _set_accessed_dirty(tables: Tables[T], used: list[tuple[T, int, int]], write: bool) -> bool:

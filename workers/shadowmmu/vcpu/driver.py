@@ -94,6 +94,7 @@ class VcpuDriver:
         self._missed = missed
         self._session = Session(MMU, Side.PEER)
         self._timer: HeartbeatTimer | None = None
+        self._attached: m.Attached | None = None
         self._core: Core | None = None
         self._draining = False
         self._frames: list[list[bytes]] = []
@@ -116,7 +117,9 @@ class VcpuDriver:
         if self._core is not None or self._draining or self.end is not None:
             return
         assert self.vcpu is not None
+        assert self._attached is not None
         self._core = self._make_core(self.vcpu, vcpus)
+        self._core.receive(self._attached)
         self._core.start()
 
     def drain(self) -> None:
@@ -241,6 +244,7 @@ class VcpuDriver:
                 self._to_core(body)
             case m.Attached():
                 self.vcpu = body.vcpu
+                self._attached = body
                 self._timer = HeartbeatTimer(body.heartbeat, now, missed=self._missed)
                 if self._draining:
                     self._send(m.Detach())

@@ -1,0 +1,62 @@
+"""User space's memory behind a slot: what the guest's memory is to the rest of the host.
+
+It is named by host virtual page numbers, which nobody uses twice; a slot says at which guest frame the range begins.
+So contents and host pages stay when a slot moves, and go when user space unmaps the range, not when the slot goes.
+Words are native: little-endian.
+"""
+
+from __future__ import annotations
+
+import sys
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
+
+__all__ = ["UserMemory"]
+
+if sys.byteorder != "little":  # pragma: no cover
+    raise ImportError("shadowmmu keeps guest memory as native words and needs a little-endian host")
+
+
+class UserMemory:
+    """The host virtual pages `base` to `end` - 1.
+
+    `base_gfn` is the guest frame at which a slot has them, or had them last. `words` and `dwords` are the contents
+    as aligned 8-byte and 4-byte words. After `unmap`, loads by stale translations give 0 and stores go nowhere.
+    """
+
+    __slots__ = ("base", "base_gfn", "data", "dwords", "end", "mapped", "words")
+
+    def __init__(self, base: int, npages: int, base_gfn: int) -> None:
+        self.base = base
+        self.end = base + npages
+        self.base_gfn = base_gfn
+        self.mapped = True
+        # Anonymous memory costs nothing until it is touched; a bytearray of 1 GiB would be filled with zeros first.
+        self.data = memoryview(mmap(-1, npages << 12, flags=MAP_PRIVATE | MAP_ANONYMOUS) if npages else b"")
+        self.words: memoryview[int] = self.data.cast("Q")
+        self.dwords: memoryview[int] = self.data.cast("I")
+
+    def gfn(self, page: int) -> int:
+        """The guest frame that a host virtual page is, or was last."""
+        return page - self.base + self.base_gfn
+
+    def read(self, offset: int, size: int) -> int:
+        """`size` bytes (1, 2, 4 or 8) at `offset` (bytes from the beginning) as an unsigned integer."""
+        if not self.mapped:
+            return 0
+        if size == 8 and not offset & 7:
+            return self.words[offset >> 3]
+        return int.from_bytes(self.data[offset : offset + size], "little")
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Store the low `size` bytes of `value`."""
+        if not self.mapped:
+            return
+        if size == 8 and not offset & 7:
+            self.words[offset >> 3] = value & 0xFFFFFFFFFFFFFFFF
+        else:
+            self.data[offset : offset + size] = (value & ((1 << 8 * size) - 1)).to_bytes(size, "little")
+
+    def unmap(self) -> None:
+        """Give the contents back to the host."""
+        self.mapped = False
+        self.words = self.dwords = self.data = memoryview(b"")
