@@ -46,10 +46,6 @@ class GuestFormat(msgspec.Struct, frozen=True):
     large_needs_pse: bool
     has_quadrants: bool  # a guest table covers more than one shadow page does
 
-    def shift(self, level: int) -> int:
-        """How far right an address goes to index a table of `level`."""
-        return 12 + self.level_bits * (level - 1)
-
 
 FORMAT_64: Final = GuestFormat(
     root_level=PT64_ROOT_LEVEL,
