@@ -125,6 +125,6 @@ class HostProgram:
 
     def _device_memory(self) -> m.HostOperation:
         """The memory of a device, like a graphics card's, is mapped, moved or unmapped."""
-        base = self._pages + self._random.choice(DEVICE_BASES)
+        base = self._pages + DEVICE_BASES[self._random.random() < 0.1]
         self._device_mapped = not self._device_mapped or self._random.random() < 0.5
         return m.SetMemoryRegion(DEVICE_SLOT, base, DEVICE_PAGES if self._device_mapped else 0)

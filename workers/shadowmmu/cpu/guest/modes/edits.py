@@ -72,11 +72,11 @@ def _put(program: ModesProgram, table: Table, index: int, value: int) -> list[Op
 
 
 def _invalidate(program: ModesProgram, gva: int) -> list[Op]:
-    """What follows an edit: mostly what should, sometimes more, sometimes nothing."""
+    """What follows an edit: what should, or more, or nothing."""
     how = program.prng.below(8)
-    if how < 4:
+    if how < 3:
         return [Invlpg(gva)]
-    return [reload_cr3(program)] if how == 4 else []
+    return [reload_cr3(program)] if how < 5 else []
 
 
 def _small_table(program: ModesProgram) -> tuple[Table, int]:

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 __all__ = ["EPISODES", "EVERY", "episode"]
 
 EPISODES: Final[tuple[tuple[int, Callable[[ModesProgram], list[Op]]], ...]] = (
-    (10, edits.change_page),
+    (16, edits.change_page),
     (3, edits.flood),
     (3, edits.scribble),
     (4, edits.change_link),
     (2, edits.change_large),
     (2, edits.change_root),
     (2, edits.change_pdpte),
-    (4, edits.move_table),
+    (3, edits.move_table),
     (1, edits.protect_window),
     (6, switching.change_space),
     (4, switching.switch_mode),

@@ -26,9 +26,9 @@ CR0, CR3, CR4, EFER = ControlRegister.CR0, ControlRegister.CR3, ControlRegister.
 
 
 def _root(program: ModesProgram, mode: GuestMode) -> int:
-    """CR3 for `mode`: of an own address space, or of any vCPU's first one."""
+    """CR3 for `mode`: of an own address space mostly, sometimes of any vCPU's first one."""
     prng = program.prng
-    if prng.chance(2):
+    if prng.chance(4):
         return program.layout.cr3(prng.below(program.vcpus), mode, 0)
     return program.layout.cr3(program.vcpu, mode, prng.below(2))
 
