@@ -11,16 +11,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-# What `make stress`, `make test`, `make bench` and `make conform` are to do.
+# What `make stress`, `make test`, `make bench`, `make mutants` and `make conform` are to do.
 STRESS_ARGS ?= --vcpus 4 --ops 200000 --workload mixed --seed 7
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+MUTANTS_ARGS ?=
 CONFORM_FILES ?= $(sort $(shell find tests -name '*.jsonl.gz'))
 
 # What ruff and mypy read, as far as it is there.
-SOURCES = $(wildcard protocol services workers tests benchmarks)
+SOURCES = $(wildcard protocol services workers tests benchmarks tools)
 
-.PHONY: help venv stress test check lint types imports drift bench conform compose constraints clean
+.PHONY: help venv stress test check lint types imports drift bench conform coverage mutants compose constraints clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
@@ -82,6 +83,13 @@ conform: $(READY) ## run the recordings of the real code against the model (CONF
 	@test -n "$(strip $(CONFORM_FILES))" || { echo "No recordings found: make conform CONFORM_FILES=..." >&2; exit 1; }
 	$(BIN)/shadowmmu conform $(CONFORM_FILES)
 
+coverage: $(READY) ## what the recordings reach of the model, and what only tests do (docs/kvm_coverage.txt)
+	$(BIN)/python -m tools.kvm_coverage
+
+# Goes on where it was stopped; works on a copy of the sources.
+mutants: $(READY) ## which mutants of the model the recordings and tests kill (docs/MUTATION.md, MUTANTS_ARGS)
+	$(BIN)/python -m tools.mutation $(MUTANTS_ARGS)
+
 compose: ## a stress run in containers, with 4 and with 8 vCPUs, as CI does it
 	.ci/compose-run
 
@@ -101,4 +109,4 @@ constraints: ## renew constraints.txt
 clean: ## remove the virtual environment and everything that tools have left
 	rm -rf $(VENV) dist build .coverage .coverage.* htmlcov .hypothesis
 	rm -rf .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
-	find protocol services workers tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	find protocol services workers tests benchmarks tools -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -112,8 +112,8 @@ MUTANTS: dict[m.Mutant, dict[str, Any]] = {
     m.Mutant.ANSWER_BEFORE_LOG: {"host_rate": 20.0, "park_rate": 0.2},
     m.Mutant.NOTIFIER_IGNORES_TLBS_DIRTY: {
         "workload": m.Workload.SLOPPY,
-        "host_rate": 20.0,
-        "park_rate": 0.2,
+        "host_rate": 60.0,
+        "ops": 120_000,
     },
 }
 

@@ -115,7 +115,7 @@ MUTANTS: dict[m.Mutant, dict[str, object]] = {
     m.Mutant.FLUSH_NOT_AWAITED: {"workload": "mixed"},
     m.Mutant.ENTRY_FLUSH_SKIPPED: {"workload": "mixed"},
     m.Mutant.ANSWER_BEFORE_LOG: {"workload": "mixed", "host_rate": 30, "park_rate": 0.2},
-    m.Mutant.NOTIFIER_IGNORES_TLBS_DIRTY: {"workload": "sloppy", "host_rate": 20, "park_rate": 0.2},
+    m.Mutant.NOTIFIER_IGNORES_TLBS_DIRTY: {"workload": "sloppy", "host_rate": 60},
 }
 
 

@@ -66,9 +66,14 @@ class Coverage:
 
     def resumed(self, point: Point | WaitPoint, vcpu: int, mark: tuple[int, int]) -> None:
         """The operation of `vcpu` that stopped at `point` at `mark` goes on."""
+        operation, store = self.fell(vcpu, mark)
+        self.operation_fell[point] += operation
+        self.store_fell[point] += store
+
+    def fell(self, vcpu: int, mark: tuple[int, int]) -> tuple[bool, bool]:
+        """Whether another vCPU's operation advanced since `mark`, and whether another vCPU's store was applied."""
         operations, stores = mark
-        self.operation_fell[point] += self._operations.of_others(vcpu) > operations
-        self.store_fell[point] += self._stores.of_others(vcpu) > stores
+        return self._operations.of_others(vcpu) > operations, self._stores.of_others(vcpu) > stores
 
     def covered(self, point: Point | WaitPoint) -> bool:
         """Whether a store fell at the point, and at a scheduling point another vCPU's operation too."""

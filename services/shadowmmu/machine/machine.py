@@ -47,6 +47,9 @@ __all__ = ["HostDone", "Machine", "Output", "ToVcpu"]
 
 UNCOVERED_PARK_RATE = 0.9
 """Share of the operations parked at a point at which no other operation, or no store, has fallen yet."""
+RARE = 10
+MOST_PROLONGED = 20
+"""At such a point that was reached at most RARE times, how often a stay may be prolonged."""
 AUDIT_SAMPLE_RATE = 0.002
 """Share of the operations after which a sampled audit looks."""
 
@@ -264,9 +267,24 @@ class Machine:
         return True
 
     def _wake(self, now: int) -> None:
-        if any(task.wake <= now for task in self._parked):
-            self._ready += [task for task in self._parked if task.wake <= now]
-            self._parked = [task for task in self._parked if task.wake > now]
+        for task in [task for task in self._parked if task.wake <= now]:
+            if self._stays(task):
+                task.prolonged += 1
+                task.wake = now + self.config.park_steps
+            else:
+                self._parked.remove(task)
+                self._ready.append(task)
+
+    def _stays(self, task: Task) -> bool:
+        """Whether a parked operation stays when its time is over: at a rare point, until something has fallen there."""
+        point = task.point
+        return (
+            task.prolonged < MOST_PROLONGED
+            and point is not None
+            and self.coverage.reached[point] <= RARE
+            and not self.coverage.covered(point)
+            and self.coverage.fell(task.vcpu, task.mark) != (True, True)
+        )
 
     def _start(
         self,
@@ -287,6 +305,7 @@ class Machine:
         task.point = point
         task.mark = self.coverage.mark(task.vcpu)
         task.since = self.steps
+        task.prolonged = 0
 
     def _resume(self, task: Task) -> None:
         match task.stop:

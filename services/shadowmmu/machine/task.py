@@ -36,6 +36,7 @@ class Task:
         "number",
         "operation",
         "point",
+        "prolonged",
         "readers",
         "since",
         "stop",
@@ -63,6 +64,7 @@ class Task:
         self.mark = (0, 0)
         self.since = 0  # the step at which it stopped
         self.wake = 0  # the step at which it is ready again
+        self.prolonged = 0  # how often its time to be parked was over and it stayed
         self.kick: set[tuple[int, int]] = set()
         self.readers: set[int] = set()  # numbers of the operations that it waits for
 
