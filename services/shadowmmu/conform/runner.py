@@ -50,7 +50,6 @@ STATUS = {
     Outcome.INJECT: "injected",
     Outcome.EMULATED: "emulated",
     Outcome.MMIO: "mmio",
-    Outcome.ERROR: "error",
 }
 """The status of an access that ended with an exit."""
 

@@ -66,7 +66,6 @@ class Outcome(enum.Enum):
     INJECT = "inject"  # a page fault is queued for the guest
     EMULATED = "emulate"  # the instruction was executed
     MMIO = "mmio"  # it was, as far as KVM could: the address has no memory
-    ERROR = "error"
 
 
 class FaultOutcome(msgspec.Struct, frozen=True, gc=False):

@@ -18,7 +18,7 @@ __all__ = ["handle_ept_misconfig", "kvm_mmu_page_fault", "page_fault", "prefault
 
 
 def page_fault(vcpu: Vcpu, gva: int, error_code: int, prefault: bool = False) -> Operation[int]:
-    """The fault handler of the vCPU's paging mode. 1: emulate the instruction; 0: go on; negative: an error.
+    """The fault handler of the vCPU's paging mode. 1: emulate the instruction; 0: go on.
 
     0 with `vcpu.exception` set: the fault is the guest's own. `error_code` holds PFERR_* bits.
     """
@@ -33,8 +33,6 @@ def kvm_mmu_page_fault(
     result = yield from vcpu.mmu.context.page_fault(vcpu, cr2, error_code, False)
     if result == 0:
         return _retry_or_inject(vcpu)
-    if result < 0:
-        return FaultOutcome(Outcome.ERROR)
     yield Point.EMULATE_FAULT
     outcome = yield from x86_emulate_instruction(vcpu, instruction)
     if outcome.outcome is Outcome.MMIO:

@@ -42,8 +42,6 @@ def paging_invlpg(vcpu: Vcpu, gva: int) -> Operation[None]:
                 # A 32-bit guest table is shadowed by 2**level pages, each of which stands for a part of it.
                 offset = sp.quadrant << (12 - level) if gfmt.has_quadrants else 0
                 pte_gpa = (sp.gfn << 12) + offset + index * gfmt.entry_size
-                if spte & PT_PAGE_SIZE_MASK and spte & fmt.present_test == PT_PRESENT_MASK:
-                    kvm.stat.lpages -= 1
                 need_flush = drop_spte(kvm, sp, index)
             break
         if spte & fmt.present_test != PT_PRESENT_MASK or not sp.unsync_children:

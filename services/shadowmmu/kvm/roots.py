@@ -25,8 +25,7 @@ __all__ = ["has_single_root", "kvm_mmu_load", "mmu_free_roots", "root_pages"]
 
 def has_single_root(vcpu: Vcpu) -> bool:
     """Whether the shadow table has one root of level 4, rather than four PAE root entries."""
-    mmu = vcpu.mmu
-    return mmu.shadow_root_level == PT64_ROOT_LEVEL and (mmu.root_level == PT64_ROOT_LEVEL or mmu.direct_map)
+    return vcpu.mmu.shadow_root_level == PT64_ROOT_LEVEL
 
 
 def root_pages(vcpu: Vcpu) -> list[ShadowPage | None]:

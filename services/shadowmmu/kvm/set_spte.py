@@ -129,23 +129,20 @@ def set_spte(  # noqa: PLR0917 - the kernel's arguments
         can_unsync,
         host_writable,
     )
+    if slot is None:
+        sp.spt[index] = spte
+        return False
     if not spte:
         drop_spte(kvm, sp, index)
         return True
-    if old:
-        if slot is None:
-            sp.spt[index] = spte
-            return False
-        fmt = kvm.spte_format
-        if old & fmt.present_test == PT_PRESENT_MASK:
-            spte |= old & fmt.dirty_mask
-            if kvm.point_spte_update:
-                yield Point.SPTE_UPDATE
-        sp.spt[index] = spte
-        if old & PT_WRITABLE_MASK and not spte & PT_WRITABLE_MASK:
-            yield from kvm_flush_remote_tlbs(kvm)
-    else:
-        sp.spt[index] = spte
+    fmt = kvm.spte_format
+    if old & fmt.present_test == PT_PRESENT_MASK:
+        spte |= old & fmt.dirty_mask
+        if kvm.point_spte_update:
+            yield Point.SPTE_UPDATE
+    sp.spt[index] = spte
+    if old & PT_WRITABLE_MASK and not spte & PT_WRITABLE_MASK:
+        yield from kvm_flush_remote_tlbs(kvm)
     return refused
 
 
@@ -225,8 +222,7 @@ def mmu_set_spte(  # noqa: PLR0917 - the kernel's arguments
     if spte & present_test == PT_PRESENT_MASK:
         if not was_rmapped and spte & PT_PAGE_SIZE_MASK:
             kvm.stat.lpages += 1
-        if slot is None:
-            raise LookupError(f"frame {gfn} was mapped to host frame {pfn}, but is in no slot")
+        assert slot is not None  # without one it is an MMIO entry
         sp.slot_bitmap |= slot.bit
         if not was_rmapped:
             if not sp.direct:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from shadowmmu.cpu.x86 import (
     PT32E_ROOT_LEVEL,
     PT64_BASE_ADDR_MASK,
-    PT64_ROOT_LEVEL,
     PT_PAGE_SIZE_MASK,
     PT_PRESENT_MASK,
 )
@@ -27,8 +26,6 @@ def shadow_walk_init(vcpu: Vcpu, address: int) -> tuple[ShadowPage | None, int]:
     root = mmu.root_hpa
     if root == INVALID_PAGE:
         return None, 0
-    if level == PT64_ROOT_LEVEL and mmu.root_level < PT64_ROOT_LEVEL and not mmu.direct_map:
-        level -= 1
     if level == PT32E_ROOT_LEVEL:
         root = mmu.pae_root[(address >> 30) & 3] & PT64_BASE_ADDR_MASK
         level -= 1

@@ -71,11 +71,8 @@ def mmu_need_write_protect(kvm: Kvm, gfn: int, can_unsync: bool) -> bool:
 
     If it is shadowed at level 1 only and `can_unsync`, its shadow pages become unsync instead.
     """
-    pages = kvm.mmu_page_hash.get(gfn)
-    if pages is None:
-        return False
     to_unsync = []
-    for sp in reversed(pages):
+    for sp in reversed(kvm.mmu_page_hash.get(gfn, ())):
         if sp.direct or sp.invalid:
             continue
         if not can_unsync or sp.level != 1:

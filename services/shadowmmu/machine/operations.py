@@ -73,7 +73,7 @@ def _fault(operation: Operation[k.FaultOutcome], run: VcpuRun) -> Operation[None
             run.completed = m.Completed(outcome.value)
         case k.Outcome.MMIO:
             run.completed = m.Completed(0, mmio=True)
-        case k.Outcome.RETRY | k.Outcome.ERROR:
+        case k.Outcome.RETRY:
             pass
 
 
