@@ -11,6 +11,7 @@ import pytest
 from shadowmmu.cpu.x86 import (
     PFERR_FETCH_MASK,
     PFERR_USER_MASK,
+    PT_PAGE_SIZE_MASK,
     X86_CR0_PE,
     X86_CR4_PAE,
     X86_CR4_PGE,
@@ -189,17 +190,21 @@ def test_the_notifiers_find_a_frame_by_its_host_page() -> None:
 
 
 def test_a_store_by_a_stale_entry_to_unmapped_memory_goes_nowhere() -> None:
-    world = world_of("fixed-memslot-delete-flush")
+    """Bug B25 where a new slot flushes nothing: an entry for the old memory is writable again after a sync."""
+    world = world_of("pre-patch-memslot-delete-flush")
     one = world.vcpus[1]
     set_region(world, SLOT)
     world.access(one, address(BASE), write=True, value=1)
+    stale = world.kvm.host.pfn(BASE)
     world.access(one, address(T) + 8 * 95, write=True, value=5 << 12 | PAGE)  # T is unsync from now on
-    slot = set_region(world, GONE)
+    world.run(host.munmap(world.kvm, set_region(world, GONE)))
+    set_region(world, SLOT)
     world.exit(one)
-    world.run(kvm_set_cr3(one, one.cr3))  # synchronises T: what still maps the frame is writable again
-    world.run(host.munmap(world.kvm, slot))
+    world.run(kvm_set_cr3(one, one.cr3))  # synchronises T
     assert world.access(one, address(BASE), write=True, value=7) == 7
+    assert world.tlbs[1][BASE] == (stale, True)
     assert world.access(one, address(BASE)) == 0
+    assert world.kvm.memory.read(BASE << 12, 8) == 0
 
 
 def test_a_table_whose_slot_has_gone_can_be_zapped() -> None:
@@ -224,6 +229,34 @@ def test_a_new_slot_counts_the_tables_that_are_shadowed_in_it_already() -> None:
     assert [error for error in mmu_audit(world.kvm) if error.check == "write_count"] == []
     creating.finish()
     assert mmu_audit(world.kvm) == []
+
+
+def test_a_new_slot_does_not_count_direct_pages() -> None:
+    world = world_of("fixed-memslot-delete-flush")
+    aligned = MemorySlot(1, 512, PAGES)
+    set_region(world, aligned)
+    world.set_gpte(L2, 1, 512, PAGE | PT_PAGE_SIZE_MASK)
+    world.access(world.vcpus[0], gva(l2=1, l1=3))
+    set_region(world, MemorySlot(1, 512, 0))
+    creating = world.start(kvm_set_memory_region(world.kvm, aligned)).until(Point.MEMSLOT_PUBLISHED)
+    assert any(sp.direct for sp in world.kvm.mmu_page_hash[512])
+    assert [error for error in mmu_audit(world.kvm) if error.check == "write_count"] == []
+    creating.finish()
+    assert mmu_audit(world.kvm) == []
+
+
+def test_a_new_slot_does_not_count_roots_that_are_invalid() -> None:
+    world = world_of("fixed-memslot-delete-flush")
+    vcpu = world.vcpus[0]
+    set_region(world, SLOT)
+    world.run(kvm_set_cr3(vcpu, TABLE_IN_SLOT << 12))
+    world.enter(vcpu)
+    world.run(kvm_mmu_zap_all(world.kvm))
+    set_region(world, GONE)
+    creating = world.start(kvm_set_memory_region(world.kvm, SLOT)).until(Point.MEMSLOT_PUBLISHED)
+    assert [sp.invalid for sp in world.kvm.mmu_page_hash[TABLE_IN_SLOT]] == [True]
+    assert [error for error in mmu_audit(world.kvm) if error.check == "write_count"] == []
+    creating.finish()
 
 
 def test_mappings_left_behind_are_cleaned_up_if_nobody_listens() -> None:
@@ -426,6 +459,7 @@ def test_the_addresses_of_shadow_pages_end_below_the_mmio_bits() -> None:
     world.exit(vcpu)
     with pytest.raises(OverflowError, match="used up"):
         world.access(vcpu, address(5))
+    assert max(world.kvm.page_header, default=0) < 1 << 40
 
 
 # Names

@@ -57,17 +57,9 @@ def _begin_change(kvm: Kvm, keys: list[int]) -> Operation[None]:
     in_change.update(keys)
 
 
-def _changed(kvm: Kvm, key: int) -> None:
-    """KVM knows of one change of this host page now."""
-    in_change = kvm.host.in_change
-    in_change[key] -= 1
-    if not in_change[key]:
-        del in_change[key]
-
-
-def _all_changed(kvm: Kvm, keys: list[int]) -> None:
-    for key in keys:
-        _changed(kvm, key)
+def _changed(kvm: Kvm, keys: list[int]) -> None:
+    """KVM knows of the changes of these host pages now."""
+    kvm.host.in_change.difference_update(keys)
 
 
 def _host_pages(slot: KvmMemorySlot, pages: range) -> list[int]:
@@ -87,7 +79,7 @@ def break_cow(kvm: Kvm, slot: KvmMemorySlot, gfn: int) -> Operation[None]:
         return
     yield from _begin_change(kvm, [key])
     if key not in host.readonly:  # somebody else was quicker
-        _changed(kvm, key)
+        _changed(kvm, [key])
         return
     host.fault_in(slot, gfn)
     gone = _frames(kvm, slot, key)
@@ -96,7 +88,7 @@ def break_cow(kvm: Kvm, slot: KvmMemorySlot, gfn: int) -> Operation[None]:
     host.backed(slot, key)
     yield Point.HOST_COW
     yield from kvm_mmu_notifier_change_pte(kvm, page, host.page_pfn(slot, page), True)
-    _changed(kvm, key)
+    _changed(kvm, [key])
     _revoked(kvm, slot, gone)
 
 
@@ -147,7 +139,7 @@ def _unmap_page(kvm: Kvm, slot: KvmMemorySlot, gfn: int, swap: bool) -> Operatio
         yield Point.HOST_UNMAPPED
         yield from kvm_mmu_notifier_invalidate_page(kvm, page)
         _revoked(kvm, slot, gone)
-    _changed(kvm, key)
+    _changed(kvm, [key])
 
 
 def unmap_range(kvm: Kvm, gfn: int, npages: int) -> Operation[None]:
@@ -167,13 +159,13 @@ def unmap_range(kvm: Kvm, gfn: int, npages: int) -> Operation[None]:
         yield from _split(kvm, slot, max(block, pages.start))
     yield from _begin_change(kvm, keys)
     if not slot.memory.mapped:
-        _all_changed(kvm, keys)
+        _changed(kvm, keys)
         return
     gone = [pair for key in keys for pair in _frames(kvm, slot, key)]
     host.absent.update(keys)
     yield Point.HOST_UNMAPPED
     yield from kvm_mmu_notifier_invalidate_range_start(kvm, pages)
-    _all_changed(kvm, keys)
+    _changed(kvm, keys)
     _revoked(kvm, slot, gone)
     yield Point.NOTIFIER_RANGE_STARTED
     yield from kvm_mmu_notifier_invalidate_range_end(kvm)
@@ -192,7 +184,7 @@ def munmap(kvm: Kvm, slot: KvmMemorySlot) -> Operation[None]:
     host.forget(slot.memory, keys)
     yield Point.HOST_UNMAPPED
     yield from kvm_mmu_notifier_invalidate_range_start(kvm, range(slot.memory.base, slot.memory.end))
-    _all_changed(kvm, keys)
+    _changed(kvm, keys)
     _revoked(kvm, slot, gone)
     yield Point.NOTIFIER_RANGE_STARTED
     yield from kvm_mmu_notifier_invalidate_range_end(kvm)
@@ -234,4 +226,4 @@ def move(kvm: Kvm, gfn: int, pfn: int, writable: bool) -> Operation[None]:
         yield Point.HOST_COW
         yield from kvm_mmu_notifier_change_pte(kvm, page, pfn, writable)
         _revoked(kvm, slot, gone)
-    _changed(kvm, key)
+    _changed(kvm, [key])

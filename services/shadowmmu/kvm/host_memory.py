@@ -9,7 +9,6 @@ KVM through the MMU notifiers, are in `host`; here is what they and KVM's look-u
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
@@ -36,7 +35,7 @@ class HostMemory:
     """The host's side of the guest's memory.
 
     `absent`, `readonly` and `swapped` hold keys (first page of a host page): not present; not writable; comes back in
-    another frame. `in_change` counts the operations at work that have changed a page and not told KVM yet, by key.
+    another frame. `in_change`: an operation at work has changed the page and not told KVM yet.
     `new_pfn` maps the key of a moved page to its first host frame. `split_blocks` are the first pages of transparent
     huge pages that were split.
     """
@@ -61,7 +60,7 @@ class HostMemory:
         self.absent: set[int] = set()
         self.readonly: set[int] = set()
         self.swapped: set[int] = set()
-        self.in_change: Counter[int] = Counter()
+        self.in_change: set[int] = set()
         self.new_pfn: dict[int, int] = {}
         self.split_blocks: set[int] = set()
         self._next_pfn = FIRST_NEW_PFN
