@@ -22,6 +22,7 @@ from shadowmmu.kvm import (
     EntryStatus,
     Instruction,
     InstructionKind,
+    Kick,
     MemorySlot,
     Outcome,
     Point,
@@ -29,6 +30,9 @@ from shadowmmu.kvm import (
     emulator_write_phys,
     handle_ept_misconfig,
     host,
+    kvm_flush_remote_tlbs,
+    kvm_mmu_change_mmu_pages,
+    kvm_mmu_invlpg,
     kvm_mmu_page_fault,
     kvm_set_cr3,
     mmu_audit,
@@ -301,3 +305,79 @@ def test_dirty_logging_is_told_of_pages_that_are_written_again(world: World) -> 
     world.access(vcpu, 0, write=True, value=2)
     assert world.kvm.memslots[0].dirty_bitmap is not None
     assert DATA in world.kvm.memslots[0].dirty_bitmap
+
+
+# Found by mutants of the model
+
+
+def test_write_protection_drops_pages_of_1_gib() -> None:
+    """A table that lies in memory which a page of 1 GiB maps writable."""
+    gib = 1 << 18
+    world = World(1, "fixed", memslots=(MemorySlot(0, 0, 512), MemorySlot(1, gib, gib, Backing.HUGE_1G)))
+    world.set_gpte(16, 0, 17, TABLE)
+    world.set_gpte(17, 0, gib, PAGE | PT_PAGE_SIZE_MASK)
+    world.set_gpte(17, 1, gib + 5, TABLE)
+    world.set_gpte(gib + 5, 0, 19, TABLE)
+    world.set_gpte(19, 0, DATA)
+    world.boot()
+    vcpu = world.vcpus[0]
+    world.access(vcpu, 8, write=True, value=1)
+    assert level(world, 3).spt[0] & PT_PAGE_SIZE_MASK
+    world.access(vcpu, gva(l3=1))
+    assert 0 not in level(world, 3).spt
+    assert not world.try_store(vcpu, 5 << 12, 0)
+    assert mmu_audit(world.kvm) == []
+
+
+def test_entries_dropped_during_a_flush_stay_owed(world: World) -> None:
+    kvm = world.kvm
+    world.access(world.vcpus[0], 0)
+    kvm.tlbs_dirty = 1
+    flushing = kvm_flush_remote_tlbs(kvm)
+    assert isinstance(next(flushing), Kick)
+    kvm.tlbs_dirty += 1
+    for vcpu in world.vcpus:
+        world.exit(vcpu)
+    drive(flushing)
+    assert kvm.tlbs_dirty == 2
+
+
+def test_the_limit_on_shadow_pages_falls_to_what_zapping_leaves(world: World) -> None:
+    """The oldest page is the root, and with it go all unsync pages below it: more than were asked for."""
+    kvm, vcpu = world.kvm, world.vcpus[0]
+    for index in range(70):
+        world.set_gpte(18, index, 100 + index, TABLE)
+        world.set_gpte(100 + index, 0, DATA)
+        world.access(vcpu, gva(l2=index))
+    for sp in [sp for sp in kvm.active_mmu_pages.values() if sp.level == 1][:20]:
+        kvm_unsync_page(kvm, sp)
+    world.exit(vcpu)
+    used = kvm.n_used_mmu_pages
+    world.run(kvm_mmu_change_mmu_pages(kvm, used - 2))
+    assert kvm.n_used_mmu_pages == used - 20
+    assert kvm.n_max_mmu_pages == used - 20
+
+
+def test_direct_prefetch_stops_at_a_frame_that_is_not_at_hand() -> None:
+    world = World(1)
+    kvm, vcpu = world.kvm, world.vcpus[0]
+    world.enter(vcpu)
+    world.exit(vcpu)
+    drive(host.unmap(kvm, 256))
+    drive(page_fault(vcpu, 258 << 12, 0))
+    assert sorted(level(world, 1).spt) == [258 % 512]
+    drive(page_fault(vcpu, 261 << 12, 0))
+    assert sorted(level(world, 1).spt) == [258, 261]
+
+
+def test_a_table_write_that_an_invlpg_overtook_only_drops_the_entry(world: World) -> None:
+    kvm, vcpu = world.kvm, world.vcpus[0]
+    world.access(vcpu, 0)
+    world.exit(vcpu)
+    store = emulator_write_phys(vcpu, 19 << 12, 8, (DATA + 1) << 12 | PAGE)
+    writing = world.start(store).until(Point.PTE_WRITE_LOCK)
+    world.run(kvm_mmu_invlpg(world.vcpus[1], 0x5000))
+    updated = kvm.stat.mmu_pte_updated
+    writing.finish()
+    assert kvm.stat.mmu_pte_updated == updated
+    assert 0 not in level(world, 1).spt
