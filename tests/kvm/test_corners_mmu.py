@@ -40,11 +40,13 @@ from shadowmmu.kvm import (
     set_dirty_logging,
     set_regs,
     vcpu_enter_guest,
+    x86_emulate_instruction,
 )
 from shadowmmu.kvm.contexts import build_context
 from shadowmmu.kvm.direct import direct_map
 from shadowmmu.kvm.notrap import paging_prefetch_page
 from shadowmmu.kvm.rmap import rmap_write_protect
+from shadowmmu.kvm.role import ROLE_SMEP_ANDNOT_WP
 from shadowmmu.kvm.set_spte import set_spte
 from shadowmmu.kvm.sync import kvm_sync_page
 from shadowmmu.kvm.unsync import kvm_unsync_page
@@ -94,6 +96,7 @@ def test_with_smep_a_kernel_write_to_a_user_page_maps_it_for_the_kernel_alone(wo
     write = Instruction(InstructionKind.WRITE, 0, 8, 1)
     assert drive(kvm_mmu_page_fault(vcpu, 0, PFERR_WRITE_MASK, write)).outcome is Outcome.RETRY
     sp = level(world, 1)
+    assert sp.role & ROLE_SMEP_ANDNOT_WP
     assert sp.spt[0] & (PT_WRITABLE_MASK | PT_USER_MASK | PT64_NX_MASK) == PT_WRITABLE_MASK | PT64_NX_MASK
 
 
@@ -213,7 +216,8 @@ def test_pae_roots_taken_before_one_that_fails_stay_counted() -> None:
     world = pae_world()
     vcpu = world.vcpus[0]
     world.set_gpte(20, 2, 1 << 20, P)
-    assert drive(vcpu_enter_guest(vcpu)).status is EntryStatus.SHUTDOWN
+    entry = drive(vcpu_enter_guest(vcpu))
+    assert (entry.status, entry.root) == (EntryStatus.SHUTDOWN, -1)
     root = level(world, 2)
     assert (root.root_count, root.leaked_roots) == (1, 1)
     assert mmu_audit(world.kvm) == []
@@ -221,6 +225,15 @@ def test_pae_roots_taken_before_one_that_fails_stay_counted() -> None:
 
 def test_frames_outside_of_memory_have_no_mappings_to_protect(world: World) -> None:
     assert not drive(rmap_write_protect(world.kvm, 1 << 30))
+
+
+def test_an_emulated_load_brings_the_page_back(world: World) -> None:
+    vcpu = world.vcpus[0]
+    world.kvm.memory.write(DATA << 12, 8, 77)
+    drive(host.unmap(world.kvm, DATA))
+    loaded = drive(x86_emulate_instruction(vcpu, Instruction(READ, 0, user=True)))
+    assert loaded.value == 77
+    assert world.kvm.host.is_present(DATA)
 
 
 # Slots that are going
@@ -381,3 +394,19 @@ def test_a_table_write_that_an_invlpg_overtook_only_drops_the_entry(world: World
     writing.finish()
     assert kvm.stat.mmu_pte_updated == updated
     assert 0 not in level(world, 1).spt
+
+
+def test_direct_prefetch_fills_every_gap_before_the_fault() -> None:
+    world = World(1)
+    kvm, vcpu = world.kvm, world.vcpus[0]
+    world.enter(vcpu)
+    world.exit(vcpu)
+    drive(page_fault(vcpu, 263 << 12, 0))
+    sp = level(world, 1)
+    assert sorted(sp.spt) == list(range(256, 264))
+    for frame in (257, 260, 263):
+        drive(host.unmap(kvm, frame))
+        kvm.host.fault_in(kvm.memslots[0], frame)
+    assert sorted(sp.spt) == [256, 258, 259, 261, 262]
+    drive(page_fault(vcpu, 263 << 12, 0))
+    assert sorted(sp.spt) == list(range(256, 264))
