@@ -33,6 +33,7 @@ from shadowmmu.kvm import (
     kvm_flush_remote_tlbs,
     kvm_mmu_change_mmu_pages,
     kvm_mmu_invlpg,
+    kvm_mmu_notifier_change_pte,
     kvm_mmu_page_fault,
     kvm_set_cr3,
     mmu_audit,
@@ -45,13 +46,16 @@ from shadowmmu.kvm import (
 from shadowmmu.kvm.contexts import build_context
 from shadowmmu.kvm.direct import direct_map
 from shadowmmu.kvm.notrap import paging_prefetch_page
-from shadowmmu.kvm.rmap import rmap_write_protect
+from shadowmmu.kvm.pte_list import pte_list_add, pte_list_entries
+from shadowmmu.kvm.pte_write import kvm_mmu_pte_write
+from shadowmmu.kvm.rmap import drop_spte, rmap_write_protect
 from shadowmmu.kvm.role import ROLE_SMEP_ANDNOT_WP
 from shadowmmu.kvm.set_spte import set_spte
 from shadowmmu.kvm.sync import kvm_sync_page
 from shadowmmu.kvm.unsync import kvm_unsync_page
+from shadowmmu.protocol.events import AuditFailed
 from shadowmmu.protocol.messages import Tdp
-from tests.kvm.kit import CR0, EFER_64, PAGE, READ, TABLE, A, P, U, World, drive, gva
+from tests.kvm.kit import CR0, EFER_64, PAGE, READ, TABLE, A, P, U, World, drive, gva, points
 
 DATA = 256
 
@@ -410,3 +414,36 @@ def test_direct_prefetch_fills_every_gap_before_the_fault() -> None:
     assert sorted(sp.spt) == [256, 258, 259, 261, 262]
     drive(page_fault(vcpu, 263 << 12, 0))
     assert sorted(sp.spt) == list(range(256, 264))
+
+
+def test_reverse_maps_follow_a_slot_that_moves() -> None:
+    slot = World(1, memslots=(MemorySlot(0, 512, 1024, Backing.HUGE_2M),)).kvm.memslots[0]
+    assert 512 in slot
+    assert 511 not in slot
+    slot.rmap[1][512], slot.rmap[2][1], slot.rmap[3][0] = 8, 16, 24
+    moved = slot.moved(512 + (1 << 18))
+    assert moved.rmap[1:] == ({512 + (1 << 18): 8}, {1 + 512: 16}, {1: 24})
+
+
+def test_an_entry_in_the_wrong_reverse_map_is_found_and_told(world: World) -> None:
+    kvm = world.kvm
+    world.access(world.vcpus[0], 0)
+    sp = level(world, 1)
+    rmap = kvm.memslots[0].rmap[1]
+    rmap[300], _ = pte_list_add(rmap.pop(DATA), sp.hpa + 8 * 5)
+    drop_spte(kvm, sp, 0)
+    assert list(pte_list_entries(rmap[300])) == [sp.hpa + 8 * 5]
+    assert any(isinstance(event, AuditFailed) and event.check == "rmap_remove" for event in world.events)
+
+
+@pytest.mark.parametrize("enabled", [frozenset(), MEMORY_POINTS], ids=["disabled", "enabled"])
+def test_memory_points_of_notifiers_and_table_writes(world: World, enabled: frozenset[Point]) -> None:
+    kvm, vcpu = world.kvm, world.vcpus[0]
+    world.access(vcpu, 0, write=True, value=1)
+    for each in world.vcpus:
+        world.exit(each)
+    kvm.memory_points = enabled
+    effects = list(points(kvm_mmu_notifier_change_pte(kvm, DATA, 0x500000, False)))
+    assert (Point.SPTE_UPDATE in effects) is bool(enabled)
+    effects = list(points(kvm_mmu_pte_write(vcpu, 19 << 12, None, 8, False)))
+    assert (Point.READ_GUEST_MEMORY in effects) is bool(enabled)
