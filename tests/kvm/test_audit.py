@@ -167,3 +167,8 @@ def test_a_page_in_change_is_not_judged(world: World) -> None:
     assert mmu_audit(world.kvm) == []
     moving.finish()
     assert mmu_audit(world.kvm) == []
+
+
+def test_a_table_in_no_slot_is_mapped_by_nobody(world: World) -> None:
+    page(world.kvm, 1).gfn = 1 << 20
+    assert "write_protection" not in {error.check for error in mmu_audit(world.kvm)}
