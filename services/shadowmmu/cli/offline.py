@@ -82,7 +82,8 @@ def profiles() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from shadowmmu.kvm.profiles import BASE_PROFILES, FIXES
+    from shadowmmu.kvm.fixes import FIXES
+    from shadowmmu.kvm.profiles import BASE_PROFILES
 
     console = Console()
     table = Table(

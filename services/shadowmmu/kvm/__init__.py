@@ -27,6 +27,7 @@ from shadowmmu.kvm.errors import (
     VcpuModeError,
 )
 from shadowmmu.kvm.fault import handle_ept_misconfig, kvm_mmu_page_fault, page_fault, prefault
+from shadowmmu.kvm.fixes import FIXES, Finding, Fix, FixStatus
 from shadowmmu.kvm.guest_memory import GuestMemory
 from shadowmmu.kvm.host_memory import HostMemory
 from shadowmmu.kvm.invlpg import kvm_mmu_invlpg
@@ -43,7 +44,7 @@ from shadowmmu.kvm.notifiers import (
 from shadowmmu.kvm.page import ShadowPage
 from shadowmmu.kvm.pages import kvm_mmu_unprotect_page_virt, kvm_pv_mmu_op_release_pt
 from shadowmmu.kvm.points import MEMORY_POINTS, SCHEDULING_POINTS, Point, PointKind
-from shadowmmu.kvm.profiles import BASE_PROFILES, FIXES, Fix, FixStatus, KernelTree, Profile
+from shadowmmu.kvm.profiles import BASE_PROFILES, KernelTree, Profile
 from shadowmmu.kvm.registers import kvm_set_cr0, kvm_set_cr3, kvm_set_cr4, set_efer, set_regs
 from shadowmmu.kvm.requests import kvm_flush_remote_tlbs, kvm_reload_remote_mmus
 from shadowmmu.kvm.roots import root_pages
@@ -129,6 +130,7 @@ __all__ = [
     "mmu_audit",
     "AuditError",
     "FIXES",
+    "Finding",
     "Fix",
     "FixStatus",
     "KernelTree",
