@@ -638,3 +638,14 @@ def test_in_any_order_of_kicks_and_answers_every_message_is_legal_and_every_inst
     assert service.accesses == accesses
     assert service.ended
     assert core.left
+
+
+def test_translations_stay_on_the_processor_that_made_them() -> None:
+    bench = Bench(touches(*[page(7)] * 9))
+    bench.walked(bench.walk())
+    for processor, known in ((1, False), (0, True), (1, False)):
+        bench.core.receive(m.Kick(bench.entry))
+        bench.core.take_output()
+        bench.enter(processor=processor)
+        assert (bench.core.tlb.lookup(7 << 12) is not None) is known
+    assert bench.core.counters()["vcpu.migrations"] == 3

@@ -125,17 +125,15 @@ class ShadowedGuest:
     """A machine of some vCPUs. `inherits_rights`: entries above the last may lack rights, see `test_stateful`."""
 
     def __init__(self, config: KvmConfig, vcpus: int, pse: bool, inherits_rights: bool) -> None:
-        self.kvm = kvm = Kvm(config, self._on_event)
+        self.kvm = kvm = Kvm(config)
         self.words = Words(kvm)
+        kvm.trace = self.words.on_event
         self.pse = pse
         self.inherits_rights = inherits_rights
         self.vcpus = [kvm.create_vcpu() for _ in range(vcpus)]
         self._flushed = [0] * vcpus  # when it last invalidated everything
         self._flushed_page: dict[tuple[int, int], int] = {}
         self._mmio: list[tuple[int, int, int]] = [(0, 0, 0)] * vcpus  # its MMIO cache, and since when
-
-    def _on_event(self, event: Event) -> None:
-        self.words.on_event(event)
 
     # Setting up
 
@@ -299,6 +297,8 @@ class ShadowedGuest:
         if what is Outcome.INJECT:
             assert isinstance(expected, GuestFault), f"{outcome} is not the guest's fault"
             assert outcome.inject == (expected.error_code, instruction.gva)
+            if self.kvm.profile.pf_injection_no_sync:  # bug A6 without it
+                self.flushed_page(vcpu, instruction.gva)
             return
         has_memory = self.kvm.gfn_to_memslot(outcome.gpa >> 12) is not None
         assert has_memory is (what is Outcome.EMULATED)
@@ -375,12 +375,15 @@ class ShadowedGuest:
             return "the guest's tables do not map it"
         if path.gfn != hit.gfn:
             return f"the guest's tables map frame {path.gfn}"
-        entries = path.entries[-1:] if self.inherits_rights else path.entries
+        profile = self.kvm.profile
+        entries = path.entries
+        if self.inherits_rights and not profile.inherited_perms:  # bug A3
+            entries = entries[-1:]
         if not allows(registers, entries, kind, user):
             return "the guest's tables do not allow it"
         if not all(entry.value & A for entry in path.entries):
             return "the guest does not see that it was accessed"
-        wp0_direct = sp.direct and not registers.cr0 >> 16 & 1  # bug A15
+        wp0_direct = not profile.wp0_dirty_missed and sp.direct and not registers.cr0 >> 16 & 1  # bug A15
         if kind is WRITE and path.entries and not path.entries[-1].value & D and not wp0_direct:
             return "the guest does not see that it was written"
         return None

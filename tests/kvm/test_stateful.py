@@ -14,13 +14,15 @@ that has just entered (all requests served), as the processor's walk of them sho
 - with bypass_guest_pf a fault without an exit is one for an entry that is not present in the guest's tables;
 - every access ends after a few exits.
 
-There is no TLB here and nothing runs at the same time. What really holds stops at real bugs of 3.1 that no fix of the
-catalogue mends (BUGS.md), so:
+There is no TLB here and nothing runs at the same time. Of a profile without some fix less is claimed (BUGS.md):
 
 - Rights lacking in entries above the last are compared only with the last entry's, in the machines that have such
-  entries at all (A3, inherited-perms). The others compare all levels.
+  entries at all (A3, inherited-perms).
 - With CR0.WP = 0, D is not asked of small pages that split a guest's large page (A15, wp0-dirty-missed).
-- A fault given to the guest does not count as an invalidation (A6, pf-injection-no-sync).
+- A fault given to the guest does not count as an invalidation of its address (A6, pf-injection-no-sync).
+
+And of none:
+
 - CR4.PSE does not change: it is in no shadow page's role, so pages made with and without it are shared.
 - Devices store to no tables (A8, A9; and the guest's notrap entries would be wrong).
 

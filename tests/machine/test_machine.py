@@ -312,7 +312,7 @@ def test_an_operation_that_waits_for_another_one_is_not_ready() -> None:
     driven.enter(0)
     driven.map_page(0, 7)
     # The first waits for the kicked vCPU, the others for the first.
-    for operation in (m.Reclaim(7), m.Move(7, writable=True), m.Move(7, writable=True)):
+    for operation in (m.Move(7, writable=False), m.Move(7, writable=True), m.Move(7, writable=True)):
         driven.submit(HostAsked(1, operation))
     driven.settle()
     assert not driven.done

@@ -17,11 +17,14 @@ from collections.abc import Iterable
 import msgspec
 
 __all__ = [
-    "Accesses",
     "AccessFlag",
+    "Accesses",
     "AuditFailed",
     "Bypassed",
+    "DeviceStored",
     "DirtyLogRead",
+    "DirtyLogStarted",
+    "EmulatedLoad",
     "EmulatedStore",
     "Entered",
     "Event",
@@ -39,13 +42,19 @@ __all__ = [
     "InvalidationCause",
     "LockReleased",
     "LockTaken",
+    "LockedRead",
+    "MmioAccess",
+    "NoProgress",
     "OperationEnded",
     "OperationStarted",
+    "PagingRegisters",
     "RunEnded",
     "ShadowPageCreated",
     "ShadowPageSynced",
     "ShadowPageUnsynced",
     "ShadowPageZapped",
+    "SlotSettled",
+    "SlotsPublished",
     "TlbsDirtyCleared",
     "TlbsDirtyRaised",
     "Walked",
@@ -259,6 +268,55 @@ class EmulatedStore(_Base, tag=34, frozen=True):
     value: int
 
 
+class DeviceStored(_Base, tag=35, frozen=True, gc=True):
+    """The host or a device stored to guest memory, as DMA does: (gpa, value) per aligned 8-byte word, in order.
+
+    The MMU hears nothing of it, and no dirty log has it.
+    """
+
+    words: list[tuple[int, int]]
+
+
+class LockedRead(_Base, tag=36, frozen=True):
+    """A locked operation, of the hardware or emulated, read `value` (`size` bytes at `gpa`).
+
+    Its store is the vCPU's next Accesses item, or EmulatedStore, and nobody stores there in between.
+    """
+
+    vcpu: int
+    gpa: int
+    size: int
+    value: int
+
+
+class EmulatedLoad(_Base, tag=37, frozen=True):
+    """The emulator loaded `value` from memory for the guest."""
+
+    vcpu: int
+    gpa: int
+    size: int
+    value: int
+
+
+class MmioAccess(_Base, tag=38, frozen=True):
+    """The emulator took the access for one to a device: `gpa` is in no memory, and none was read or written."""
+
+    vcpu: int
+    gpa: int
+    size: int
+    write: bool
+
+
+class SlotsPublished(_Base, tag=39, frozen=True, gc=True):
+    """The memory slots that everybody finds from now on: (number, first guest frame, frames, invalid) of each.
+
+    A slot that was not there before has new memory, all zero. One that is at another place than before has its
+    contents there; those of a slot that is gone are lost. `invalid`: the slot is going. The first event of a run.
+    """
+
+    slots: list[tuple[int, int, int, bool]]
+
+
 class LockTaken(_Base, tag=40, frozen=True):
     """Operation `op` holds mmu_lock."""
 
@@ -300,11 +358,61 @@ class IncarnationEnded(_Base, tag=45, frozen=True):
     reason: str
 
 
+class PagingRegisters(_Base, tag=46, frozen=True, gc=True):
+    """The vCPU's control registers are now these: the guest wrote one of them, or user space set them.
+
+    Every write that takes effect is an event, also of the value that was there. `register`: the one written (as in
+    the protocol: cr0, cr3, cr4, efer), "" if user space set all. `pdptes`: the four page-directory pointers of PAE
+    paging as loaded (TLB_RULES R10), which mean nothing in other modes. What leaves the vCPU's TLB as the guest may
+    see it follows from the registers before and now (R4): by MOV CR3 everything but global translations; by a change
+    of CR4.PGE or PAE, by setting CR4.SMEP and by clearing CR0.PG everything. (INVLPG is Exited with reason "invlpg":
+    it removes the translations of one page from then on; and Injected those of its address.)
+
+    `maxphyaddr`: the guest's processor has so many bits of physical address. `tdp`: guest physical addresses are
+    translated in a second dimension, and the guest's own paging is the processor's affair.
+    """
+
+    vcpu: int
+    register: str
+    cr0: int
+    cr3: int
+    cr4: int
+    efer: int
+    pdptes: list[int]
+    maxphyaddr: int
+    tdp: bool
+
+
+class SlotSettled(_Base, tag=47, frozen=True):
+    """The call that created, moved or deleted (`npages` 0) a memory slot, or switched its dirty log, has returned.
+
+    `dirty_log`: whether the slot has one now. From now on its memory is reached at `base_gfn`, and every store is
+    logged.
+    """
+
+    slot: int
+    base_gfn: int
+    npages: int
+    dirty_log: bool
+
+
+class DirtyLogStarted(_Base, tag=48, frozen=True):
+    """kvm_vm_ioctl_get_dirty_log begins for a slot that has a dirty log; DirtyLogRead is its end."""
+
+    slot: int
+
+
 class AuditFailed(_Base, tag=50, frozen=True):
     """An mmu_audit check failed."""
 
     check: str
     text: str
+
+
+class NoProgress(_Base, tag=51, frozen=True, gc=True):
+    """Nothing can go on any more although the run is not over. `waiting`: each operation under way, and for what."""
+
+    waiting: list[str]
 
 
 class RunEnded(_Base, tag=60, frozen=True):
@@ -335,13 +443,22 @@ Event = (
     | DirtyLogRead
     | GpteUpdate
     | EmulatedStore
+    | DeviceStored
+    | LockedRead
+    | EmulatedLoad
+    | MmioAccess
+    | SlotsPublished
     | LockTaken
     | LockReleased
     | OperationStarted
     | OperationEnded
     | IncarnationStarted
     | IncarnationEnded
+    | PagingRegisters
+    | SlotSettled
+    | DirtyLogStarted
     | AuditFailed
+    | NoProgress
     | RunEnded
 )
 """Any event."""

@@ -54,6 +54,7 @@ NOTES: Final[Mapping[str, str]] = {
     "general_protection": "The register write of the last exit was refused: the guest takes #GP.",
     "interrupts": "Vectors of the interrupts to be taken before the next instruction, in order.",
     "mmio": "The access went to a device.",
+    "processor": "The physical processor: its TLB is used. Translations stay there when the vCPU moves.",
     "Applied.logs": "How many more Log messages have been applied.",
     # Sessions.
     "role": "What the sender is.",
@@ -92,6 +93,7 @@ NOTES: Final[Mapping[str, str]] = {
     "huge": "The host backs the slot by pages of 2 MiB.",
     "Shrink.n": "Objects to scan, as the kernel's nr_to_scan.",
     "SetMmuPages.n": "Shadow pages.",
+    "Migrate.processor": "The physical processor on which the vCPU enters the guest next.",
     "words": "Pairs [gpa, value]: guest physical address in bytes, a multiple of 8, and eight bytes little-endian.",
     "cr0": "CR0.",
     "cr3": "CR3: guest physical address of the root table, in bytes.",
@@ -117,6 +119,7 @@ NOTES: Final[Mapping[str, str]] = {
     "mode": "The paging mode of the guests.",
     "tdp": "Two-dimensional paging: the format of the host's tables; null: shadow paging.",
     "bypass_guest_pf": "Not-present faults go to the guest without an exit where the shadow entry says so.",
+    "memory_model": "In which order the host's own stores become visible.",
     "seed": "Seeds programs and choices.",
     "ops": "Guest instructions of all vCPUs together.",
     "profile": "The kernel that is simulated.",

@@ -24,6 +24,7 @@ AccessSize: TypeAlias = Annotated[int, Meta(ge=1, le=8)]
 Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=64)]
 Text: TypeAlias = Annotated[str, Meta(max_length=1024)]
 VcpuId: TypeAlias = Annotated[int, Meta(ge=0, le=255)]
+Processor: TypeAlias = Annotated[int, Meta(ge=0, le=255)]
 
 LOG_LIMIT = 64
 """Most accesses in one Log message."""
@@ -244,7 +245,7 @@ class Entered(_Message, tag="entered", frozen=True, omit_defaults=True):
 
     `flush`: empty the TLB first. `inject`: take this page fault first. `completed`: the instruction of the last exit
     is done (absent: execute it again). `general_protection`: the register write was refused. `interrupts`: vectors
-    to take before the next instruction.
+    to take before the next instruction. `processor`: the physical processor, whose TLB it is that counts.
     """
 
     entry: U64
@@ -253,6 +254,7 @@ class Entered(_Message, tag="entered", frozen=True, omit_defaults=True):
     completed: Completed | None = None
     general_protection: bool = False
     interrupts: Annotated[list[int], Meta(max_length=256)] = []
+    processor: Processor = 0
 
 
 class Walked(_Message, tag="walked", frozen=True):
@@ -394,6 +396,13 @@ class ZapAll(_Message, tag="zap_all", frozen=True):
     """Drop every shadow page."""
 
 
+class Migrate(_Message, tag="migrate", frozen=True):
+    """The host moves a vCPU to a physical processor: it leaves guest mode, and enters it again there."""
+
+    vcpu: VcpuId
+    processor: Processor
+
+
 class WritePhys(_Message, tag="write_phys", frozen=True):
     """Store aligned 8-byte little-endian words, [gpa, value] each, as a device would: the MMU is not told."""
 
@@ -424,6 +433,7 @@ HostOperation: TypeAlias = (
     | Shrink
     | SetMmuPages
     | ZapAll
+    | Migrate
     | WritePhys
     | SetRegisters
 )
@@ -505,6 +515,13 @@ class Tdp(enum.Enum):
     NPT = "npt"
 
 
+class MemoryModel(enum.Enum):
+    """The order in which the host's processors make stores visible: sequential consistency, or x86's store buffers."""
+
+    SC = "sc"
+    TSO = "tso"
+
+
 class Audit(enum.Enum):
     """When the mmu_audit checks run: never, after some operations (seeded), after every operation."""
 
@@ -531,12 +548,14 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     of a vCPU's TLB for 4 KiB entries (large entries: a quarter of the sets).
     `mode` other than paging64 goes with workload `modes` only. `tdp`: None is shadow paging; with a value guests run
     with paging off. `bypass_guest_pf`: the parameter of that name of profile `pre-patch`, not with `tdp`.
+    `memory_model` is about the host's own stores; guests' are sequentially consistent.
     """
 
     workload: Workload = Workload.MIXED
     mode: GuestMode = GuestMode.PAGING64
     tdp: Tdp | None = None
     bypass_guest_pf: bool = False
+    memory_model: MemoryModel = MemoryModel.SC
     seed: U64 = 0
     ops: Annotated[int, Meta(ge=1, le=1 << 48)] = 100_000
     profile: Name = "fixed"

@@ -13,7 +13,7 @@ from rich.text import Text
 from shadowmmu.coordinator.coverage import Frequency, PointCoverage
 from shadowmmu.coordinator.page_faults import PageFaultReport
 from shadowmmu.coordinator.report import RunReport, ViolationReport
-from shadowmmu.protocol.messages import GuestMode, Verdict
+from shadowmmu.protocol.messages import GuestMode, MemoryModel, Verdict
 
 __all__ = ["render_report"]
 
@@ -225,8 +225,9 @@ def _verdict_panel(report: RunReport) -> Panel:
     config = report.config
     mode = "" if config.mode is GuestMode.PAGING64 else f" ({config.mode.value})"
     tdp = "" if config.tdp is None else f", {config.tdp.value}"
+    order = "" if config.memory_model is MemoryModel.SC else f", {config.memory_model.value}"
     what = (
-        f"{report.vcpus} vCPUs{how}; seed {config.seed}, workload {config.workload.value}{mode}{tdp}, "
+        f"{report.vcpus} vCPUs{how}; seed {config.seed}, workload {config.workload.value}{mode}{tdp}{order}, "
         f"profile {config.profile}; {report.stream.records:,} journal records, "
         f"{report.stream.events:,} events"
     )

@@ -8,7 +8,16 @@ from shadowmmu.kvm import host
 from shadowmmu.kvm.audit import AuditError, mmu_audit
 from shadowmmu.kvm.constants import VcpuMode
 from shadowmmu.kvm.dirty_log import kvm_vm_ioctl_get_dirty_log, set_dirty_logging
-from shadowmmu.kvm.effects import Effect, HostPageLock, Kick, MmuLock, Operation, SlotsLock, Srcu
+from shadowmmu.kvm.effects import (
+    Effect,
+    EmulatedStores,
+    HostPageLock,
+    Kick,
+    MmuLock,
+    Operation,
+    SlotsLock,
+    Srcu,
+)
 from shadowmmu.kvm.emulate import (
     FaultOutcome,
     Instruction,
@@ -32,6 +41,7 @@ from shadowmmu.kvm.guest_memory import GuestMemory
 from shadowmmu.kvm.host_memory import HostMemory
 from shadowmmu.kvm.invlpg import kvm_mmu_invlpg
 from shadowmmu.kvm.memslots import Backing, MemorySlot
+from shadowmmu.kvm.migration import migrate
 from shadowmmu.kvm.nested import NestedGuest, gva_to_gpa_nested
 from shadowmmu.kvm.notifiers import (
     kvm_mmu_notifier_change_pte,
@@ -51,6 +61,7 @@ from shadowmmu.kvm.roots import root_pages
 from shadowmmu.kvm.set_memory_region import kvm_set_memory_region, memory_region_problem
 from shadowmmu.kvm.shadow_walk import kvm_mmu_get_spte_hierarchy, shadow_walk_init
 from shadowmmu.kvm.stats import COUNTERS, KvmStat
+from shadowmmu.kvm.store_buffer import StoreBuffer
 from shadowmmu.kvm.vcpu import Mmu, Vcpu
 from shadowmmu.kvm.vm import Kvm, KvmConfig
 from shadowmmu.kvm.zap import kvm_mmu_change_mmu_pages, kvm_mmu_zap_all, mmu_shrink
@@ -69,9 +80,11 @@ __all__ = [
     "Effect",
     "HostPageLock",
     "SlotsLock",
+    "EmulatedStores",
     "Srcu",
     "MmuLock",
     "Kick",
+    "StoreBuffer",
     "Point",
     "PointKind",
     "SCHEDULING_POINTS",
@@ -111,6 +124,7 @@ __all__ = [
     "set_dirty_logging",
     "kvm_vm_ioctl_get_dirty_log",
     "mmu_shrink",
+    "migrate",
     "kvm_mmu_change_mmu_pages",
     "kvm_mmu_zap_all",
     "kvm_mmu_unprotect_page_virt",

@@ -166,13 +166,13 @@ def audit_unsync(kvm: Kvm) -> Iterator[str]:
 def audit_roots(kvm: Kvm) -> Iterator[str]:
     """root_count is the number of vCPUs' roots that a page is, or is about to be.
 
-    Roots that a failed load left behind (a quirk) stay counted.
+    A load that failed can leave counts behind that nobody gives back (bug A16).
     """
     used = Counter(
         sp.hpa for vcpu in kvm.vcpus for sp in root_pages(vcpu) + vcpu.mmu.loading_roots if sp is not None
     )
     for sp in kvm.active_mmu_pages.values():
-        if sp.root_count != used[sp.hpa] + sp.leaked_roots:
+        if sp.root_count != used[sp.hpa]:
             yield f"{sp!r} is the root of {used[sp.hpa]} vCPUs"
     for hpa in used:
         if hpa not in kvm.active_mmu_pages:

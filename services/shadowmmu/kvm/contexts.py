@@ -72,7 +72,8 @@ class MmuContext:
         if vcpu.is_pae:
             role |= ROLE_CR4_PAE
         if vcpu.is_write_protection:
-            role |= ROLE_CR0_WP
+            if vcpu.kvm.profile.role_bits_wp:  # bug B15 without it
+                role |= ROLE_CR0_WP
         elif vcpu.cr4 & X86_CR4_SMEP:
             role |= ROLE_SMEP_ANDNOT_WP
         return role
@@ -268,7 +269,12 @@ def set_guest_format(vcpu: PagingUnit, context: MmuContext) -> None:
         maxphyaddr = vcpu.kvm.config.guest_maxphyaddr
         mmu.rsvd_bits_mask = rsvd_bits_mask(fmt, mmu.rsvd_bits_mask, maxphyaddr, mmu.nx, pse)
         mmu.large_levels = fmt.large_levels if pse or not fmt.large_needs_pse else 0
-        mmu.valid_gpte_test = PT_PRESENT_MASK | PT_ACCESSED_MASK | mmu.rsvd_bits_mask[0][0]
+        profile = vcpu.kvm.profile
+        # Bug B27: without one of these tests prefetch, update and sync map what the processor may not cache.
+        mmu.valid_gpte = PT_PRESENT_MASK if profile.prefetch_present else 0
+        mmu.valid_gpte |= PT_ACCESSED_MASK if profile.prefetch_accessed else 0
+        mmu.valid_gpte_test = mmu.valid_gpte
+        mmu.valid_gpte_test |= mmu.rsvd_bits_mask[0][0] if profile.prefetch_reserved_bits else 0
 
 
 def kvm_mmu_reset_context(vcpu: Vcpu) -> Operation[None]:

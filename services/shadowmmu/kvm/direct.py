@@ -72,6 +72,9 @@ def _direct_page_fault(  # noqa: PLR0917 - the one caller is one of two lines
     seq = kvm.mmu_notifier_seq
     yield Point.DIRECT_GFN_TO_PFN
     pfn, map_writable = yield from gfn_to_pfn_prot(kvm, gfn, write)
+    if not kvm.profile.notifier_retry_late_seq:  # bug B19
+        yield Point.LATE_SEQ
+        seq = kvm.mmu_notifier_seq
     if pfn == NO_SLOT_PFN:
         vcpu_cache_mmio_info(vcpu, mmio_gva, gfn, ACC_ALL)
         if not kvm.mmio_sptes:

@@ -8,9 +8,10 @@ from shadowmmu.kvm.effects import MmuLock, Operation, Srcu
 from shadowmmu.kvm.errors import ConfigError
 from shadowmmu.kvm.memslots import KvmMemorySlot, MemorySlot
 from shadowmmu.kvm.points import Point
+from shadowmmu.kvm.requests import kvm_flush_remote_tlbs
 from shadowmmu.kvm.set_memory_region import lock_slots, set_memory_region_locked, unlock_slots
-from shadowmmu.kvm.slot_write_access import kvm_mmu_slot_remove_write_access
-from shadowmmu.protocol.events import DirtyLogRead
+from shadowmmu.kvm.slot_write_access import kvm_mmu_slot_remove_write_access, remove_write_access
+from shadowmmu.protocol.events import DirtyLogRead, DirtyLogStarted
 
 if TYPE_CHECKING:
     from shadowmmu.kvm.vm import Kvm
@@ -49,13 +50,21 @@ def kvm_vm_ioctl_get_dirty_log(kvm: Kvm, slot_id: int) -> Operation[list[int] | 
     try:
         slot = _slot(kvm, slot_id)
         dirty = slot.dirty_bitmap
+        if dirty is not None and kvm.trace is not None:
+            kvm.trace(DirtyLogStarted(slot_id))
         if dirty:
             slot.dirty_bitmap = set()
             yield Srcu.SYNCHRONIZE
             yield Point.DIRTY_LOG_SWAPPED
             yield MmuLock.ACQUIRE
-            yield from kvm_mmu_slot_remove_write_access(kvm, slot_id)
-            yield MmuLock.RELEASE
+            if kvm.profile.wp_race_dirty_log:
+                yield from kvm_mmu_slot_remove_write_access(kvm, slot_id)
+                yield MmuLock.RELEASE
+            else:  # bug C1: others find entries read-only that TLBs still have writable
+                yield from remove_write_access(kvm, slot_id)
+                yield MmuLock.RELEASE
+                yield Point.DIRTY_LOG_UNLOCKED
+                yield from kvm_flush_remote_tlbs(kvm)
             yield Point.DIRTY_LOG_COPY
         gfns = None if dirty is None else sorted(dirty)
         if gfns is not None and kvm.trace is not None:

@@ -10,7 +10,7 @@ races, and the recordings' runner, which lets nothing else happen at all.
 | `MmuLock.ACQUIRE` | resumes the operation when it owns mmu_lock | ignored |
 | `MmuLock.RELEASE` | frees mmu_lock | ignored |
 | a `Point` | may run other things, by the point's kind | ignored |
-| `HostPageLock.BUSY`, `SlotsLock.BUSY` | resumes the operation after another one has advanced | ignored |
+| `HostPageLock.BUSY`, `SlotsLock.BUSY`, `EmulatedStores.BUSY` | resumes it after another one has advanced | ignored |
 | `Srcu.SYNCHRONIZE` | resumes the operation when no vCPU's operation is in flight that is so now | ignored |
 | `Kick` | interrupts each vCPU named and waits until each has left that guest entry | bool: was anybody kicked |
 """
@@ -25,7 +25,7 @@ import msgspec
 
 from shadowmmu.kvm.points import Point
 
-__all__ = ["Effect", "HostPageLock", "Kick", "MmuLock", "Operation", "SlotsLock", "Srcu"]
+__all__ = ["Effect", "EmulatedStores", "HostPageLock", "Kick", "MmuLock", "Operation", "SlotsLock", "Srcu"]
 
 
 class MmuLock(enum.Enum):
@@ -45,6 +45,12 @@ class SlotsLock(enum.Enum):
     """kvm->slots_lock: one operation at a time changes memory slots or reads a dirty log."""
 
     BUSY = "slots_lock is held"  # by another operation; this one looks again when it is resumed
+
+
+class EmulatedStores(enum.Enum):
+    """Emulated stores that the shadow does not know of yet (`emulated_stores`)."""
+
+    BUSY = "an emulated store is unsettled"  # this one looks again when it is resumed
 
 
 class Srcu(enum.Enum):
@@ -67,7 +73,7 @@ class Kick(msgspec.Struct, frozen=True):
     vcpus: tuple[int, ...]
 
 
-Effect: TypeAlias = MmuLock | HostPageLock | SlotsLock | Srcu | Point | Kick
+Effect: TypeAlias = MmuLock | HostPageLock | SlotsLock | EmulatedStores | Srcu | Point | Kick
 
 T = TypeVar("T")
 Operation: TypeAlias = Generator[Effect, bool | None, T]

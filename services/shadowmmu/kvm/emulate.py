@@ -18,8 +18,9 @@ from shadowmmu.kvm.memslots import KvmMemorySlot
 from shadowmmu.kvm.mmio import vcpu_match_mmio_gfn, vcpu_match_mmio_gva
 from shadowmmu.kvm.points import Point
 from shadowmmu.kvm.pte_write import kvm_mmu_pte_write
+from shadowmmu.kvm.store_buffer import GuestStore
 from shadowmmu.kvm.walker import inject_page_fault
-from shadowmmu.protocol.events import EmulatedStore
+from shadowmmu.protocol.events import EmulatedLoad, LockedRead
 
 if TYPE_CHECKING:
     from shadowmmu.kvm.vcpu import Vcpu
@@ -110,6 +111,8 @@ def x86_emulate_instruction(vcpu: Vcpu, instruction: Instruction) -> Operation[F
         access |= PFERR_WRITE_MASK
     walk = yield from vcpu.mmu.context.gva_to_gpa(vcpu, gva, access)
     if walk.fault is not None:
+        if kvm.profile.pf_injection_no_sync:  # bug A6
+            yield from vcpu.mmu.context.invlpg(vcpu, gva)
         inject_page_fault(vcpu, walk.fault, gva)
         return FaultOutcome(Outcome.INJECT, inject=(walk.fault, gva))
     gpa = walk.gpa
@@ -127,6 +130,8 @@ def x86_emulate_instruction(vcpu: Vcpu, instruction: Instruction) -> Operation[F
             yield Point.READ_GUEST_MEMORY
         kvm.host.fault_in(slot, walk.gfn)
         value = kvm.memory.read_in(slot, gpa, instruction.size)
+        if kvm.trace is not None:
+            kvm.trace(EmulatedLoad(vcpu.vcpu_id, gpa, instruction.size, value))
     elif kind is InstructionKind.WRITE:
         yield from emulator_write_phys(vcpu, gpa, instruction.size, instruction.value)
     elif kind is not InstructionKind.EXECUTE:
@@ -142,7 +147,7 @@ def emulator_write_phys(vcpu: Vcpu, gpa: int, size: int, value: int) -> Operatio
         return False
     kvm.host.fault_in(slot, gpa >> 12)
     yield from break_cow(kvm, slot, gpa >> 12)
-    yield from _store(vcpu, slot, gpa, size, value)
+    yield from _store(vcpu, slot, gpa, size, value, locked=False)
     return True
 
 
@@ -160,23 +165,36 @@ def _emulator_cmpxchg(vcpu: Vcpu, slot: KvmMemorySlot, gpa: int, instruction: In
     size = instruction.size
     mask = (1 << 8 * size) - 1
     old = kvm.memory.read_in(slot, gpa, size)
+    if kvm.trace is not None:
+        kvm.trace(LockedRead(vcpu.vcpu_id, gpa, size, old))
     if instruction.kind is InstructionKind.XADD:
         new = old + instruction.value & mask
     elif instruction.kind is InstructionKind.XCHG or old == instruction.expected & mask:
         new = instruction.value & mask
     else:
         new = old  # a failed cmpxchg writes the old value back
-    yield from _store(vcpu, slot, gpa, size, new)
+    if not kvm.profile.locked_op_emulation:  # bug B23: an exchange as a plain write
+        yield Point.LOCKED_OP_COMPARED
+        yield from emulator_write_phys(vcpu, gpa, size, new)
+        return old
+    yield from _store(vcpu, slot, gpa, size, new, locked=True)
     return old
 
 
-def _store(vcpu: Vcpu, slot: KvmMemorySlot, gpa: int, size: int, value: int) -> Operation[None]:
-    """The store itself, the dirty log, and then kvm_mmu_pte_write: memory changes before the shadow does."""
+def _store(
+    vcpu: Vcpu, slot: KvmMemorySlot, gpa: int, size: int, value: int, *, locked: bool
+) -> Operation[None]:
+    """The store itself, the dirty log, and then kvm_mmu_pte_write: memory changes before the shadow does.
+
+    With memory model `tso` a store that is not `locked` may become visible to others later than that.
+    """
     kvm = vcpu.kvm
-    kvm.memory.write_in(slot, gpa, size, value)
-    if slot.dirty_bitmap is not None:
-        slot.dirty_bitmap.add(gpa >> 12)
-    if kvm.trace is not None:
-        kvm.trace(EmulatedStore(vcpu.vcpu_id, gpa, size, value))
+    store = GuestStore(slot, gpa, size, value, slot.dirty_bitmap)
+    kvm.emulated_stores.add(vcpu.vcpu_id)
+    if vcpu.store_buffer is None or locked:
+        store.perform(vcpu)
+    else:
+        vcpu.store_buffer.put(store)
     yield Point.PTE_WRITE_STORED
     yield from kvm_mmu_pte_write(vcpu, gpa, value, size, True)
+    kvm.emulated_stores.discard(vcpu.vcpu_id)

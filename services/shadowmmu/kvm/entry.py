@@ -17,9 +17,11 @@ from shadowmmu.kvm.constants import (
 )
 from shadowmmu.kvm.effects import Operation
 from shadowmmu.kvm.errors import VcpuModeError
+from shadowmmu.kvm.migration import kvm_arch_vcpu_load
 from shadowmmu.kvm.page import ShadowPage
 from shadowmmu.kvm.points import Point
 from shadowmmu.kvm.roots import kvm_mmu_load, mmu_free_roots, root_pages
+from shadowmmu.kvm.store_buffer import ModeStore
 from shadowmmu.kvm.sync import kvm_mmu_sync_roots
 
 if TYPE_CHECKING:
@@ -60,8 +62,11 @@ def vcpu_enter_guest(vcpu: Vcpu) -> Operation[GuestEntry]:
         raise VcpuModeError(vcpu.vcpu_id, vcpu.mode.name)
     passes = hw_flushes = 0
     root_loaded = False
+    store_buffer = vcpu.store_buffer  # None with memory model sc
     while True:
         passes += 1
+        if store_buffer and (vcpu.requests or vcpu.mmu.root_hpa == INVALID_PAGE):
+            store_buffer.drain()  # clearing a request is a locked operation, and so is taking mmu_lock
         if vcpu.requests:
             if vcpu.requests & KVM_REQ_MMU_RELOAD:
                 vcpu.requests &= ~KVM_REQ_MMU_RELOAD
@@ -82,10 +87,29 @@ def vcpu_enter_guest(vcpu: Vcpu) -> Operation[GuestEntry]:
                 continue
             root_loaded = True
         yield Point.ENTER_GUEST_REQUESTS
-        vcpu.mode = VcpuMode.IN_GUEST_MODE
-        if vcpu.requests:
+        if kvm_arch_vcpu_load(vcpu):
+            hw_flushes = 0  # those were on the other processor
+        mode_first = vcpu.kvm.profile.mode_vs_request_order
+        if not mode_first:
+            # Bug B22: whoever sets a request between this test and the change of mode sees nobody to kick.
+            if vcpu.requests:
+                continue
+            yield Point.ENTER_GUEST_LATE_MODE
+        if store_buffer is None:
+            vcpu.mode = VcpuMode.IN_GUEST_MODE
+        else:
+            store_buffer.put(ModeStore(VcpuMode.IN_GUEST_MODE))
+            if vcpu.kvm.profile.mode_request_barrier:
+                store_buffer.drain()
+        if vcpu.requests and mode_first:
+            if store_buffer:
+                store_buffer.drain()
             vcpu.mode = VcpuMode.OUTSIDE_GUEST_MODE
             continue
+        if store_buffer:
+            # Bug B22 (mode-request-barrier): whoever sets a request now reads that the vCPU is outside guest mode.
+            yield Point.ENTER_GUEST_MODE_BUFFERED
+            store_buffer.drain()  # the entry serialises
         root: ShadowPage | None = next((sp for sp in root_pages(vcpu) if sp is not None), None)
         return GuestEntry(
             EntryStatus.OK, passes, hw_flushes, root_loaded, -1 if root is None else root.serial

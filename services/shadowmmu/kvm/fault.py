@@ -6,10 +6,18 @@ from typing import TYPE_CHECKING
 
 from shadowmmu.kvm.constants import INVALID_PAGE
 from shadowmmu.kvm.effects import Operation
-from shadowmmu.kvm.emulate import RETRY, FaultOutcome, Instruction, Outcome, x86_emulate_instruction
+from shadowmmu.kvm.emulate import (
+    RETRY,
+    FaultOutcome,
+    Instruction,
+    InstructionKind,
+    Outcome,
+    x86_emulate_instruction,
+)
 from shadowmmu.kvm.mmio import handle_mmio_page_fault
 from shadowmmu.kvm.points import Point
 from shadowmmu.kvm.roots import kvm_mmu_load
+from shadowmmu.protocol.events import MmioAccess
 
 if TYPE_CHECKING:
     from shadowmmu.kvm.vcpu import Vcpu
@@ -34,7 +42,7 @@ def kvm_mmu_page_fault(
     if result == 0:
         return _retry_or_inject(vcpu)
     yield Point.EMULATE_FAULT
-    outcome = yield from x86_emulate_instruction(vcpu, instruction)
+    outcome = yield from _emulate(vcpu, instruction)
     if outcome.outcome is Outcome.MMIO:
         vcpu.kvm.stat.mmio_exits += 1
     return outcome
@@ -46,7 +54,16 @@ def handle_ept_misconfig(vcpu: Vcpu, gpa: int, instruction: Instruction) -> Oper
     if not handle_mmio_page_fault(vcpu, gpa, direct=True):
         return RETRY
     yield Point.EMULATE_FAULT
-    return (yield from x86_emulate_instruction(vcpu, instruction))
+    return (yield from _emulate(vcpu, instruction))
+
+
+def _emulate(vcpu: Vcpu, instruction: Instruction) -> Operation[FaultOutcome]:
+    outcome = yield from x86_emulate_instruction(vcpu, instruction)
+    trace = vcpu.kvm.trace
+    if outcome.outcome is Outcome.MMIO and trace is not None:
+        writes = instruction.kind not in (InstructionKind.READ, InstructionKind.EXECUTE)
+        trace(MmioAccess(vcpu.vcpu_id, outcome.gpa, instruction.size, writes))
+    return outcome
 
 
 def _retry_or_inject(vcpu: Vcpu) -> FaultOutcome:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from shadowmmu.cpu.x86 import PT64_BASE_ADDR_MASK, PT_ACCESSED_MASK, PT_PAGE_SIZE_MASK, PT_PRESENT_MASK
-from shadowmmu.kvm.constants import ACC_WRITE_MASK, PTE_PREFETCH_NUM, kvm_pages_per_hpage
+from shadowmmu.cpu.x86 import PT64_BASE_ADDR_MASK, PT_PAGE_SIZE_MASK, PT_PRESENT_MASK
+from shadowmmu.kvm.constants import ACC_ALL, ACC_WRITE_MASK, PTE_PREFETCH_NUM, kvm_pages_per_hpage
 from shadowmmu.kvm.direct import direct_pte_prefetch
 from shadowmmu.kvm.effects import Operation
 from shadowmmu.kvm.host_memory import BAD_PFN
 from shadowmmu.kvm.notrap import drop_invalid_gpte
 from shadowmmu.kvm.page import ShadowPage
-from shadowmmu.kvm.pages import kvm_mmu_get_page, kvm_mmu_put_page
+from shadowmmu.kvm.pages import kvm_mmu_get_page, kvm_mmu_put_page, shadow_page_role
 from shadowmmu.kvm.points import Point
 from shadowmmu.kvm.requests import kvm_flush_remote_tlbs
 from shadowmmu.kvm.rmap import drop_parent_pte, drop_spte
@@ -55,21 +55,68 @@ def gpte_changed(vcpu: Vcpu, walker: GuestWalker, level: int) -> bool:
     return entries[index] != walker.ptes[level - 1]
 
 
+def change_is_noticed(kvm: Kvm, walker: GuestWalker, level: int, is_new: bool) -> bool:
+    """Whether a guest entry that has changed since the walk makes fetch give up: always, but for bugs B5 and B6.
+
+    `is_new`: the page that shadows its table was made just now.
+    """
+    profile = kvm.profile
+    if level == walker.level:
+        return profile.fetch_revalidate_leaf and (is_new or profile.fetch_revalidate_leaf_existing)
+    return is_new or profile.fetch_revalidate_all
+
+
+def large_gpte_gfn(vcpu: Vcpu, walker: GuestWalker) -> int:
+    """The first frame of a guest's large page as its entry has it, without PSE36 (only with bug B14)."""
+    fmt = vcpu.mmu.fmt
+    page_mask = (1 << 12 + fmt.level_bits * (walker.level - 1)) - 1
+    return (walker.ptes[walker.level - 1] & fmt.base_addr_mask & ~page_mask) >> 12
+
+
 def drop_large_spte(kvm: Kvm, sp: ShadowPage, index: int) -> Operation[None]:
     """If the entry maps a large page, drop it and flush all TLBs: a table is to take its place."""
     if sp.spt.get(index, 0) & PT_PAGE_SIZE_MASK:
         drop_spte(kvm, sp, index)
-        yield from kvm_flush_remote_tlbs(kvm)
+        if kvm.profile.large_to_normal:  # bug B10 without it
+            yield from kvm_flush_remote_tlbs(kvm)
 
 
-def validate_direct_spte(kvm: Kvm, sp: ShadowPage, index: int, direct_access: int) -> Operation[None]:
-    """Unlink a direct page that gives other rights than the guest's large entry does now."""
+def is_unexpected(  # noqa: PLR0917 - what a child is
+    vcpu: Vcpu, child: ShadowPage, address: int, gfn: int, direct: bool, access: int
+) -> bool:
+    """Whether a page found on the way to `address` does not stand for `gfn` in the role that the walk needs.
+
+    Bugs A8 (unexpected-gfn), A9 (unexpected-role): 3.1 does not ask. The guest's table may have changed behind KVM's
+    back, or by an emulated store of which kvm_mmu_pte_write has not heard yet.
+    """
+    profile = vcpu.kvm.profile
+    if profile.unexpected_gfn and child.gfn != gfn:
+        return True
+    return profile.unexpected_role and child.role != shadow_page_role(
+        vcpu, address, child.level, direct, access
+    )
+
+
+def unlink(kvm: Kvm, sp: ShadowPage, index: int, child: ShadowPage) -> Operation[None]:
+    """Take a page that is not the right one out of the entry, and flush all TLBs."""
+    drop_parent_pte(child, sp, index)
+    yield from kvm_flush_remote_tlbs(kvm)
+
+
+def validate_direct_spte(  # noqa: PLR0917 - what a child is
+    vcpu: Vcpu, sp: ShadowPage, index: int, address: int, first_gfn: int, direct_access: int
+) -> Operation[None]:
+    """Unlink a direct page that gives other rights than the guest's large entry does now (or is not what it maps)."""
+    kvm = vcpu.kvm
+    if not kvm.profile.direct_sp_access:  # bug B13
+        return
     spte = sp.spt.get(index, 0)
     if spte & kvm.spte_format.present_test == PT_PRESENT_MASK and not spte & PT_PAGE_SIZE_MASK:
         child = kvm.page_header[spte & PT64_BASE_ADDR_MASK]
-        if child.access != direct_access:
-            drop_parent_pte(child, sp, index)
-            yield from kvm_flush_remote_tlbs(kvm)
+        if child.access != direct_access or is_unexpected(
+            vcpu, child, address, first_gfn, True, direct_access
+        ):
+            yield from unlink(kvm, sp, index, child)
 
 
 def link_shadow_page(kvm: Kvm, sp: ShadowPage, index: int, child: ShadowPage) -> None:
@@ -90,18 +137,19 @@ def fetch(  # noqa: PLR0917 - the kernel's arguments
     """Map `walker.gfn` to `pfn` by an entry of level `hlevel`; returns whether the access must be emulated.
 
     Gives up quietly (the access is then tried again) if a guest table changed since the walk.
-
-    All indirect pages get the rights of the whole walk above the last entry, also of levels below them (bug A3).
     """
     kvm = vcpu.kvm
+    profile = kvm.profile
     address = walker.address
     access = walker.pt_access
-    direct_access = walker.pte_access
+    # Bug B13 (direct-sp-access-leaf): a direct page that read-only and writable large entries share.
+    direct_access = walker.pte_access if profile.direct_sp_access_leaf else walker.pt_access
     present_test = kvm.spte_format.present_test
     gw_level = walker.level
     if kvm.point_read_guest_memory:
         yield Point.READ_GUEST_MEMORY
-    if gpte_changed(vcpu, walker, vcpu.mmu.fmt.top_level):
+    top_level = vcpu.mmu.fmt.top_level
+    if gpte_changed(vcpu, walker, top_level) and change_is_noticed(kvm, walker, top_level, is_new=False):
         return False
     sp, level = shadow_walk_init(vcpu, address)
     if sp is None:
@@ -111,21 +159,35 @@ def fetch(  # noqa: PLR0917 - the kernel's arguments
     index = address >> (12 + 9 * (level - 1)) & 511
     while level > gw_level:
         child: ShadowPage | None = None
+        changed: bool | None = None
         spte = sp.spt.get(index, 0)
         if spte & PT_PAGE_SIZE_MASK:
             yield from drop_large_spte(kvm, sp, index)
             spte = 0
+        table_gfn = walker.table_gfn[level - 2]
+        if profile.inherited_perms:
+            # Bug A3: 3.1 gives every page the rights of all levels above the last entry, those below it too.
+            access = walker.inherited_access[level - 2]
+        if spte & present_test == PT_PRESENT_MASK:
+            existing = kvm.page_header[spte & PT64_BASE_ADDR_MASK]
+            if is_unexpected(vcpu, existing, address, table_gfn, False, access):  # bugs A8, A9
+                yield from unlink(kvm, sp, index, existing)
+                spte = 0
         if spte & present_test != PT_PRESENT_MASK:
-            child = yield from kvm_mmu_get_page(
-                vcpu, walker.table_gfn[level - 2], address, level - 1, False, access, sp, index
-            )
-            if kvm.profile.link_before_sync and child.unsync_children:
+            if not profile.read_before_wp:  # bug B7: the guest can still change the entry after this
+                changed = gpte_changed(vcpu, walker, level - 1)
+                if kvm.point_gpte_read:
+                    yield Point.GPTE_READ
+            child = yield from kvm_mmu_get_page(vcpu, table_gfn, address, level - 1, False, access, sp, index)
+            if profile.link_before_sync and child.unsync_children:
                 # Bug A2: 3.1 links first and lets the next guest entry of this vCPU alone synchronise.
                 yield from mmu_sync_children(vcpu, child, may_resched=False)
         if kvm.point_read_guest_memory:
             yield Point.READ_GUEST_MEMORY
-        if gpte_changed(vcpu, walker, level - 1):
-            if child is not None:
+        if changed is None:
+            changed = gpte_changed(vcpu, walker, level - 1)
+        if changed and change_is_noticed(kvm, walker, level - 1, child is not None):
+            if child is not None and profile.unreachable_child:  # bug B26 without it
                 kvm_mmu_put_page(child, sp, index)
             return False
         if child is None:
@@ -138,13 +200,15 @@ def fetch(  # noqa: PLR0917 - the kernel's arguments
         level -= 1
         index = address >> (12 + 9 * (level - 1)) & 511
     while level > hlevel:
-        yield from validate_direct_spte(kvm, sp, index, direct_access)
+        first_gfn = walker.gfn & -kvm_pages_per_hpage(level)
+        if not profile.direct_gfn:  # bug B14: which part of the large page it is gets lost
+            first_gfn = large_gpte_gfn(vcpu, walker)
+        yield from validate_direct_spte(vcpu, sp, index, address, first_gfn, direct_access)
         yield from drop_large_spte(kvm, sp, index)
         spte = sp.spt.get(index, 0)
         if spte & present_test == PT_PRESENT_MASK:
             sp = kvm.page_header[spte & PT64_BASE_ADDR_MASK]
         else:
-            first_gfn = walker.gfn & -kvm_pages_per_hpage(level)
             child = yield from kvm_mmu_get_page(
                 vcpu, first_gfn, address, level - 1, True, direct_access, sp, index
             )
@@ -159,7 +223,7 @@ def fetch(  # noqa: PLR0917 - the kernel's arguments
         sp,
         index,
         None if pfn == NO_SLOT_PFN else kvm.gfn_to_memslot(walker.gfn),
-        direct_access,
+        walker.pte_access,
         user_fault,
         write_fault,
         level,
@@ -188,18 +252,19 @@ def pte_prefetch(vcpu: Vcpu, sp: ShadowPage, index: int, gptes: list[int]) -> Op
     bypass = kvm.bypass_guest_pf
     spt = sp.spt
     present_test = kvm.spte_format.present_test
-    valid_gpte_test = mmu.valid_gpte_test
+    valid_gpte_test, valid_gpte = mmu.valid_gpte_test, mmu.valid_gpte
+    inherited = sp.access if kvm.profile.inherited_in_prefetch else ACC_ALL  # bug B28
     base_addr_mask = mmu.fmt.base_addr_mask
     first = index & -PTE_PREFETCH_NUM
     for i, gpte in enumerate(gptes, first):
         spte = spt.get(i, 0)
         if i == index or spte & present_test == PT_PRESENT_MASK or (bypass and i in spt):
             continue
-        if gpte & valid_gpte_test != PT_PRESENT_MASK | PT_ACCESSED_MASK:
+        if gpte & valid_gpte_test != valid_gpte:
             if spte or bypass:
                 kvm.notrap.on_prefetch += drop_invalid_gpte(vcpu, sp, i, gpte)
             continue
-        access = sp.access & gpte_access(mmu, gpte, True)
+        access = inherited & gpte_access(mmu, gpte, True)
         gfn = (gpte & base_addr_mask) >> 12
         slot = kvm.visible_memslot(gfn)
         if slot is None or (slot.dirty_bitmap is not None and access & ACC_WRITE_MASK):

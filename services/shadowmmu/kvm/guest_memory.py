@@ -1,7 +1,8 @@
 """The contents of guest memory, by guest physical address.
 
 Contents belong to user space's memory behind a slot (`user_memory`): they stay when the host moves a frame, and when a
-slot moves. Nothing here knows whether the host frame is present, or marks anything dirty.
+slot moves. Nothing here knows whether the host frame is present. Stores are the host's, which knows by its own page
+tables that it has made them; guests' stores go to user space's memory directly.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class GuestMemory:
             for word in range(offset >> 3, (offset + size + 7) >> 3):
                 changed.setdefault((slot.base_gfn << 12) + (word << 3), slot.words[word])
         slot.memory.write(offset, size, value)
+        slot.memory.written.add(offset >> 12)
 
     def start_recording(self) -> None:
         """Forget what was recorded, and record from now on."""

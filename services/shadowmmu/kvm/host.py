@@ -27,7 +27,17 @@ from shadowmmu.protocol.events import FrameRevoked
 if TYPE_CHECKING:
     from shadowmmu.kvm.vm import Kvm
 
-__all__ = ["break_cow", "gfn_to_pfn_prot", "move", "munmap", "reclaim", "split", "unmap", "unmap_range"]
+__all__ = [
+    "break_cow",
+    "gfn_to_pfn_prot",
+    "move",
+    "munmap",
+    "reclaim",
+    "sleeping_lookup",
+    "split",
+    "unmap",
+    "unmap_range",
+]
 
 
 def _revoked(kvm: Kvm, slot: KvmMemorySlot, gone: Iterable[tuple[int, int]]) -> None:
@@ -62,9 +72,55 @@ def _changed(kvm: Kvm, keys: list[int]) -> None:
     kvm.host.in_change.difference_update(keys)
 
 
+def _flush_host_tlbs(kvm: Kvm) -> None:
+    """The host flushes its own translations of what it has just changed: an interrupt to each processor.
+
+    So the stores that its threads have made to the page are in the page.
+    """
+    for vcpu in kvm.vcpus:
+        if vcpu.store_buffer is not None:
+            vcpu.store_buffer.interrupt()
+
+
 def _host_pages(slot: KvmMemorySlot, pages: range) -> list[int]:
     """The first page of each host page that has one of the pages."""
     return list(range(pages.start & slot.host_mask, pages.stop, -slot.host_mask))
+
+
+def _set_pte_at_notify(kvm: Kvm, slot: KvmMemorySlot, page: int, pfn: int, writable: bool) -> Operation[None]:
+    """Let host frame `pfn` hold the page, and tell KVM (change_pte). Under the page-table lock.
+
+    Bug A13 (change-pte-order): in 3.1 host threads find the new frame before KVM hears of it, so that a guest does not
+    see what they store. With the fix nobody finds a frame until KVM knows.
+    """
+    host = kvm.host
+    key = page & slot.host_mask
+    gone = _frames(kvm, slot, key)
+    old_pfn = host.page_pfn(slot, page)
+    old = -1
+    if kvm.profile.change_pte_order:
+        host.clear_pte(key)
+    else:
+        old = host.keep_old_frame(slot, page, pfn)
+        host.set_pte(key, writable)
+    host.assign(slot, key, pfn)
+    host.backed(slot, key)
+    _flush_host_tlbs(kvm)
+    yield Point.HOST_COW
+    yield from kvm_mmu_notifier_change_pte(kvm, page, pfn, writable)
+    if kvm.profile.change_pte_order:
+        host.set_pte(key, writable)
+    host.old_frames.pop(old, None)
+    host.carry_dirty(slot, page, old_pfn)
+    _revoked(kvm, slot, gone)
+
+
+def sleeping_lookup(kvm: Kvm, slot: KvmMemorySlot, gfn: int) -> Operation[None]:
+    """Bring the page of a frame back, and wait for whoever is about to put another frame there."""
+    host = kvm.host
+    while gfn + slot.hva_delta & slot.host_mask in host.cleared:
+        yield HostPageLock.BUSY
+    host.fault_in(slot, gfn)
 
 
 def break_cow(kvm: Kvm, slot: KvmMemorySlot, gfn: int) -> Operation[None]:
@@ -82,14 +138,8 @@ def break_cow(kvm: Kvm, slot: KvmMemorySlot, gfn: int) -> Operation[None]:
         _changed(kvm, [key])
         return
     host.fault_in(slot, gfn)
-    gone = _frames(kvm, slot, key)
-    host.readonly.discard(key)
-    host.assign(slot, key, host.take_pfn(slot))
-    host.backed(slot, key)
-    yield Point.HOST_COW
-    yield from kvm_mmu_notifier_change_pte(kvm, page, host.page_pfn(slot, page), True)
+    yield from _set_pte_at_notify(kvm, slot, page, host.take_pfn(slot), True)
     _changed(kvm, [key])
-    _revoked(kvm, slot, gone)
 
 
 def gfn_to_pfn_prot(kvm: Kvm, gfn: int, write: bool) -> Operation[tuple[int, bool]]:
@@ -104,9 +154,10 @@ def gfn_to_pfn_prot(kvm: Kvm, gfn: int, write: bool) -> Operation[tuple[int, boo
     pfn = host.atomic_pfn(slot, gfn)
     if pfn != BAD_PFN:
         return pfn, True
-    host.fault_in(slot, gfn)
+    yield from sleeping_lookup(kvm, slot, gfn)
     if write:
         yield from break_cow(kvm, slot, gfn)
+        slot.memory.written.add(gfn - slot.base_gfn)  # the host's entry for the page has its D bit now
     page = gfn + slot.hva_delta
     return host.page_pfn(slot, page), page & slot.host_mask not in host.readonly
 
@@ -133,11 +184,15 @@ def _unmap_page(kvm: Kvm, slot: KvmMemorySlot, gfn: int, swap: bool) -> Operatio
     yield from _begin_change(kvm, [key])
     if slot.memory.mapped:
         gone = _frames(kvm, slot, key)
+        pfn = kvm.host.page_pfn(slot, page)
         kvm.host.absent.add(key)
         if swap:
             kvm.host.swapped.add(key)
+        _flush_host_tlbs(kvm)
         yield Point.HOST_UNMAPPED
         yield from kvm_mmu_notifier_invalidate_page(kvm, page)
+        if swap:
+            kvm.host.page_out(slot, page, pfn)
         _revoked(kvm, slot, gone)
     _changed(kvm, [key])
 
@@ -163,6 +218,7 @@ def unmap_range(kvm: Kvm, gfn: int, npages: int) -> Operation[None]:
         return
     gone = [pair for key in keys for pair in _frames(kvm, slot, key)]
     host.absent.update(keys)
+    _flush_host_tlbs(kvm)
     yield Point.HOST_UNMAPPED
     yield from kvm_mmu_notifier_invalidate_range_start(kvm, pages)
     _changed(kvm, keys)
@@ -181,6 +237,7 @@ def munmap(kvm: Kvm, slot: KvmMemorySlot) -> Operation[None]:
     yield Point.HOST_MUNMAP
     yield from _begin_change(kvm, keys)
     gone = [pair for key in keys for pair in _frames(kvm, slot, key)]
+    _flush_host_tlbs(kvm)
     host.forget(slot.memory, keys)
     yield Point.HOST_UNMAPPED
     yield from kvm_mmu_notifier_invalidate_range_start(kvm, range(slot.memory.base, slot.memory.end))
@@ -217,13 +274,5 @@ def move(kvm: Kvm, gfn: int, pfn: int, writable: bool) -> Operation[None]:
     yield from _split(kvm, slot, page)
     yield from _begin_change(kvm, [key])
     if slot.memory.mapped:
-        gone = _frames(kvm, slot, key)
-        host.absent.discard(key)
-        host.swapped.discard(key)
-        (host.readonly.discard if writable else host.readonly.add)(key)
-        host.assign(slot, key, pfn)
-        host.backed(slot, key)
-        yield Point.HOST_COW
-        yield from kvm_mmu_notifier_change_pte(kvm, page, pfn, writable)
-        _revoked(kvm, slot, gone)
+        yield from _set_pte_at_notify(kvm, slot, page, pfn, writable)
     _changed(kvm, [key])

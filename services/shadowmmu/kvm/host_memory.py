@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from shadowmmu.kvm.constants import kvm_pages_per_hpage
 from shadowmmu.kvm.errors import NoSuchFrameError
 from shadowmmu.kvm.memslots import Backing, KvmMemorySlot, MemorySlot
-from shadowmmu.kvm.user_memory import UserMemory
+from shadowmmu.kvm.user_memory import FrameCopy, UserMemory
 from shadowmmu.protocol.events import FrameBacked
 
 if TYPE_CHECKING:
@@ -35,7 +35,12 @@ class HostMemory:
     """The host's side of the guest's memory.
 
     `absent`, `readonly` and `swapped` hold keys (first page of a host page): not present; not writable; comes back in
-    another frame. `in_change`: an operation at work has changed the page and not told KVM yet.
+    another frame. `in_change`: an operation at work has changed the page and not told KVM yet. `cleared`: not present,
+    and whoever looks for it waits, until another frame is there. `old_frames` are pages as the host frames have them
+    that they were copied from, by frame, as long as KVM does not know of the copy.
+    `dirty_frames` are the host frames that KVM has said to be dirty since they were written to swap (PageDirty), and
+    `dirty_blocks` the first ones of large pages; `UserMemory.written` has what was stored through the host's tables.
+    `swap_space` has the contents of pages as they were last written to swap.
     `new_pfn` maps the key of a moved page to its first host frame. `split_blocks` are the first pages of transparent
     huge pages that were split.
     """
@@ -48,10 +53,15 @@ class HostMemory:
         "_next_pfn",
         "_owner",
         "absent",
+        "cleared",
+        "dirty_blocks",
+        "dirty_frames",
         "in_change",
         "new_pfn",
+        "old_frames",
         "readonly",
         "split_blocks",
+        "swap_space",
         "swapped",
     )
 
@@ -61,13 +71,23 @@ class HostMemory:
         self.readonly: set[int] = set()
         self.swapped: set[int] = set()
         self.in_change: set[int] = set()
+        self.cleared: set[int] = set()
+        self.old_frames: dict[int, FrameCopy] = {}
         self.new_pfn: dict[int, int] = {}
         self.split_blocks: set[int] = set()
+        self.dirty_frames: set[int] = set()
+        self.dirty_blocks: set[int] = set()
+        self.swap_space: dict[int, bytes] = {}
         self._next_pfn = FIRST_NEW_PFN
         self._owner: dict[int, int] = {}  # pages by host frame, where not the first frame of a page
         self._memories = sorted(memories, key=lambda m: m.base)  # those that are unmapped too
         self._bases = [memory.base for memory in self._memories]
         self._last = self._memories[0]
+
+    @property
+    def memories(self) -> list[UserMemory]:
+        """All of user space's memory that ever was behind a slot, by host virtual page."""
+        return self._memories
 
     def map_memory(self, slot: MemorySlot) -> UserMemory:
         """New memory for a slot, in frames that were never used, aligned as the guest frames are."""
@@ -86,10 +106,13 @@ class HostMemory:
         for key in keys:
             for pages in (self.absent, self.readonly, self.swapped, self.split_blocks):
                 pages.discard(key)
-            self.new_pfn.pop(key, None)
+            self.swap_space.pop(key, None)
+            self.dirty_frames.discard(self.new_pfn.pop(key, key + FIRST_PFN))
 
     def locate(self, pfn: int) -> tuple[UserMemory, int] | None:
         """The memory, and its page, that a host frame holds, or held last; None if it never held one."""
+        if self.old_frames and (copy := self.old_frames.get(pfn)) is not None:
+            return copy, copy.base
         page = self._owner.get(pfn)
         if page is None:
             page = pfn - FIRST_PFN
@@ -150,13 +173,50 @@ class HostMemory:
     def fault_in(self, slot: KvmMemorySlot, gfn: int) -> None:
         """What a sleeping look-up does first: a frame that is not present becomes present."""
         key = gfn + slot.hva_delta & slot.host_mask
-        if key not in self.absent:
+        if key not in self.absent or key in self.cleared:
             return
         self.absent.discard(key)
         if key in self.swapped:
             self.swapped.discard(key)
             self.assign(slot, key, self.take_pfn(slot))
         self.backed(slot, key)
+
+    def set_pfn_dirty(self, pfn: int, level: int) -> None:
+        """KVM says that the guest has written the frame, or the large page of `level` that begins there."""
+        (self.dirty_frames if level == 1 else self.dirty_blocks).add(pfn)
+
+    def is_dirty(self, slot: KvmMemorySlot, page: int, pfn: int) -> bool:
+        """Whether the host thinks that the page, in that frame, differs from what is in swap."""
+        known = pfn in self.dirty_frames or pfn & ~511 in self.dirty_blocks
+        return known or page - slot.memory.base in slot.memory.written
+
+    def carry_dirty(self, slot: KvmMemorySlot, page: int, pfn: int) -> None:
+        """The page is in another frame than `pfn` now, and as dirty as it was there."""
+        if self.is_dirty(slot, page, pfn):
+            self.dirty_frames.discard(pfn)
+            self.dirty_frames.add(self.page_pfn(slot, page))
+
+    def page_out(self, slot: KvmMemorySlot, page: int, pfn: int) -> None:
+        """The page, in that frame, has gone from all tables. If the host thinks it dirty, it is written to swap.
+
+        If it is thought clean the frame is freed as it is: from now on its contents are what is in swap. Huge pages are
+        not swapped out. If somebody has brought the page back meanwhile, it stays, and is as dirty as it was.
+        """
+        if slot.host_mask != -1:
+            return
+        if page not in self.swapped:
+            self.carry_dirty(slot, page, pfn)
+            return
+        dirty = self.is_dirty(slot, page, pfn)
+        self.dirty_frames.discard(pfn)
+        memory = slot.memory
+        index = page - memory.base
+        memory.written.discard(index)
+        contents = memory.data[index << 12 : index + 1 << 12]
+        if dirty or page not in self.swap_space:
+            self.swap_space[page] = bytes(contents)
+        else:
+            contents[:] = self.swap_space[page]
 
     def take_pfn(self, slot: KvmMemorySlot) -> int:
         """A host frame that was never used (the first of a host page's)."""
@@ -174,6 +234,27 @@ class HostMemory:
         for i in range(-slot.host_mask):
             if pfn + i != key + i + FIRST_PFN or pfn + i in self._owner:
                 self._owner[pfn + i] = key + i
+
+    def clear_pte(self, key: int) -> None:
+        """Nobody finds a frame for the host page until `set_pte`."""
+        self.absent.add(key)
+        self.cleared.add(key)
+
+    def set_pte(self, key: int, writable: bool) -> None:
+        """The host page is present from now on, writable or not."""
+        for pages in (self.absent, self.cleared, self.swapped):
+            pages.discard(key)
+        (self.readonly.discard if writable else self.readonly.add)(key)
+
+    def keep_old_frame(self, slot: KvmMemorySlot, page: int, pfn: int) -> int:
+        """The page is about to be copied to `pfn`: its frame, the contents of which are in `old_frames` from now on.
+
+        Huge pages are not kept: the kernel does not change them like this (hugetlb_cow invalidates a range).
+        """
+        old = self.page_pfn(slot, page)
+        if slot.host_mask == -1 and old != pfn and page not in self.absent:
+            self.old_frames[old] = FrameCopy(slot.memory, page)
+        return old
 
     def pages(self, slot: KvmMemorySlot, key: int) -> range:
         """The pages of a host page that are in the slot's memory."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from shadowmmu.cpu.x86 import PT64_BASE_ADDR_MASK, PT_PAGE_SIZE_MASK, PT_PRESENT_MASK
 from shadowmmu.kvm.effects import MmuLock, Operation
+from shadowmmu.kvm.emulated_stores import emulated_stores_settled
 from shadowmmu.kvm.mmio import vcpu_clear_mmio_info
 from shadowmmu.kvm.points import Point
 from shadowmmu.kvm.pte_write import kvm_mmu_pte_write
@@ -26,6 +27,7 @@ def paging_invlpg(vcpu: Vcpu, gva: int) -> Operation[None]:
     that the value it has read may be old.
     """
     kvm = vcpu.kvm
+    yield from emulated_stores_settled(kvm)
     fmt = kvm.spte_format
     vcpu_clear_mmio_info(vcpu, gva)
     yield Point.INVLPG_LOCK
@@ -41,6 +43,8 @@ def paging_invlpg(vcpu: Vcpu, gva: int) -> Operation[None]:
             if sp.unsync:
                 # A 32-bit guest table is shadowed by 2**level pages, each of which stands for a part of it.
                 offset = sp.quadrant << (12 - level) if gfmt.has_quadrants else 0
+                if not kvm.profile.quadrant_invlpg:  # bug B29
+                    offset = 0
                 pte_gpa = (sp.gfn << 12) + offset + index * gfmt.entry_size
                 need_flush = drop_spte(kvm, sp, index)
             break
@@ -48,7 +52,7 @@ def paging_invlpg(vcpu: Vcpu, gva: int) -> Operation[None]:
             break
         sp = kvm.page_header[spte & PT64_BASE_ADDR_MASK]
         level -= 1
-    if need_flush:
+    if need_flush and kvm.profile.invlpg_noremote:  # bug B9 without it
         yield from kvm_flush_remote_tlbs(kvm)
     kvm.invlpg_counter += 1
     yield MmuLock.RELEASE

@@ -18,7 +18,8 @@ __all__ = ["mapping_level", "mapping_level_dirty_bitmap", "transparent_hugepage_
 def mapping_level_dirty_bitmap(kvm: Kvm, gfn: int) -> bool:
     """Whether only small pages may map the frame: no slot, or its slot has dirty logging."""
     slot = kvm.visible_memslot(gfn)
-    return slot is None or slot.dirty_bitmap is not None
+    small = slot is None or slot.dirty_bitmap is not None
+    return small is kvm.profile.dirty_log_large_maps  # bug B17: the other way round
 
 
 def mapping_level(kvm: Kvm, gfn: int) -> int:

@@ -16,6 +16,7 @@ from shadowmmu.kvm.pte_list import pte_list_entries
 from shadowmmu.kvm.requests import kvm_flush_remote_tlbs
 from shadowmmu.kvm.rmap import kvm_unmap_rmapp
 from shadowmmu.kvm.spte import SPTE_HOST_WRITEABLE
+from shadowmmu.kvm.spte_update import mmu_spte_update
 
 if TYPE_CHECKING:
     from shadowmmu.kvm.memslots import KvmMemorySlot
@@ -35,7 +36,25 @@ __all__ = [
 
 def mmu_notifier_retry(kvm: Kvm, seq: int) -> bool:
     """Whether a frame looked up when mmu_notifier_seq was `seq` may be gone by now. Under mmu_lock."""
-    return kvm.mmu_notifier_count != 0 or kvm.mmu_notifier_seq != seq
+    if kvm.mmu_notifier_count == 0 and kvm.mmu_notifier_seq == seq:
+        return False
+    profile = kvm.profile  # without a fix, bug B19
+    if kvm.mmu_notifier_count != 0 and profile.notifier_retry_count:
+        return profile.notifier_retry
+    return kvm.mmu_notifier_seq != seq and profile.notifier_retry_seq and profile.notifier_retry
+
+
+def _raise_seq(kvm: Kvm) -> None:
+    """Let faults at work find out that a notifier has run. Under mmu_lock; see _raise_seq_late."""
+    if kvm.profile.notifier_retry_raise_late:
+        kvm.mmu_notifier_seq += 1
+
+
+def _raise_seq_late(kvm: Kvm) -> Operation[None]:
+    """Bug B19 (notifier-retry-raise-late): only after mmu_lock was released."""
+    if not kvm.profile.notifier_retry_raise_late:
+        yield Point.NOTIFIER_SEQ_LATE
+        kvm.mmu_notifier_seq += 1
 
 
 def _rmaps(kvm: Kvm, page: int) -> list[tuple[KvmMemorySlot, int, int]]:
@@ -43,19 +62,25 @@ def _rmaps(kvm: Kvm, page: int) -> list[tuple[KvmMemorySlot, int, int]]:
     for slot in kvm.memslots:
         if slot.memory.base <= page < slot.memory.end:
             gfn = page - slot.hva_delta
-            return [(slot, level, gfn >> (9 * (level - 1))) for level in (1, 2, 3)]
+            beside = _beside(kvm)
+            return [(slot, level, (gfn >> (9 * (level - 1))) + beside * (level > 1)) for level in (1, 2, 3)]
     return []
 
 
-def _unmap(kvm: Kvm, page: int) -> bool:
+def _beside(kvm: Kvm) -> int:
+    """How far beside the right one the reverse maps of large pages are that notifiers look at: bug B18."""
+    return 0 if kvm.profile.notifier_huge_index else 1
+
+
+def _unmap(kvm: Kvm, page: int) -> Operation[bool]:
     """Drop every entry that maps the page (kvm_unmap_hva)."""
     dropped = False
     for slot, level, block in _rmaps(kvm, page):
-        dropped |= kvm_unmap_rmapp(kvm, slot, level, block)
+        dropped |= yield from kvm_unmap_rmapp(kvm, slot, level, block)
     return dropped
 
 
-def _unmap_range(kvm: Kvm, pages: range) -> bool:
+def _unmap_range(kvm: Kvm, pages: range) -> Operation[bool]:
     """Drop every entry that maps one of the pages."""
     dropped = False
     for slot in kvm.memslots:
@@ -66,15 +91,22 @@ def _unmap_range(kvm: Kvm, pages: range) -> bool:
         for level in (1, 2, 3):
             shift = 9 * (level - 1)
             rmap = slot.rmap[level]
-            blocks = range(first >> shift, (last >> shift) + 1)
+            beside = _beside(kvm) if level > 1 else 0
+            blocks = range((first >> shift) + beside, (last >> shift) + 1 + beside)
             for block in [b for b in rmap if b in blocks] if len(rmap) < len(blocks) else blocks:
-                dropped |= kvm_unmap_rmapp(kvm, slot, level, block)
+                dropped |= yield from kvm_unmap_rmapp(kvm, slot, level, block)
     return dropped
 
 
 def _deferred_flush(kvm: Kvm) -> bool:
-    """Whether entries were dropped whose flush is still owed (tlbs_dirty); without fix B2 nobody asks."""
-    return kvm.profile.sync_drop_noflush and kvm.tlbs_dirty != 0
+    """Whether entries were dropped whose flush is still owed (tlbs_dirty); without fix B2 nobody asks.
+
+    Bug A11 (tlbs-dirty-truncation): 3.1 puts the counter, a long, into an int first.
+    """
+    tlbs_dirty = kvm.tlbs_dirty
+    if not kvm.profile.tlbs_dirty_truncation:
+        tlbs_dirty &= (1 << kvm.config.tlbs_dirty_bits) - 1
+    return kvm.profile.sync_drop_noflush and tlbs_dirty != 0
 
 
 def _unlock_and_flush(kvm: Kvm, need_flush: bool, point: Point) -> Operation[None]:
@@ -97,49 +129,53 @@ def _unlock_and_flush(kvm: Kvm, need_flush: bool, point: Point) -> Operation[Non
 def kvm_mmu_notifier_invalidate_page(kvm: Kvm, page: int) -> Operation[None]:
     """The host takes one page away; on return no vCPU reaches its frame."""
     yield MmuLock.ACQUIRE
-    kvm.mmu_notifier_seq += 1
-    need_flush = _unmap(kvm, page) | _deferred_flush(kvm)
+    _raise_seq(kvm)
+    need_flush = (yield from _unmap(kvm, page)) | _deferred_flush(kvm)
     yield from _unlock_and_flush(kvm, need_flush, Point.NOTIFIER_UNLOCKED)
+    yield from _raise_seq_late(kvm)
 
 
 def kvm_mmu_notifier_invalidate_range_start(kvm: Kvm, pages: range) -> Operation[None]:
     """The host is about to take pages away; until range_end no fault maps anything. On return none is reached."""
     yield MmuLock.ACQUIRE
     kvm.mmu_notifier_count += 1
-    need_flush = _unmap_range(kvm, pages) | _deferred_flush(kvm)
+    need_flush = (yield from _unmap_range(kvm, pages)) | _deferred_flush(kvm)
     yield from _unlock_and_flush(kvm, need_flush, Point.NOTIFIER_RANGE_UNLOCKED)
 
 
 def kvm_mmu_notifier_invalidate_range_end(kvm: Kvm) -> Operation[None]:
     """The range that was started is done with."""
     yield MmuLock.ACQUIRE
-    kvm.mmu_notifier_seq += 1
+    _raise_seq(kvm)
     kvm.mmu_notifier_count -= 1
     yield MmuLock.RELEASE
+    yield from _raise_seq_late(kvm)
 
 
 def kvm_mmu_notifier_change_pte(kvm: Kvm, page: int, new_pfn: int, writable: bool) -> Operation[None]:
     """The host backs the page by another frame now; entries follow, read-only, or go if the frame is writable."""
     yield MmuLock.ACQUIRE
-    kvm.mmu_notifier_seq += 1
+    _raise_seq(kvm)
     for slot, level, block in _rmaps(kvm, page):
         rmap = slot.rmap[level].get(block, 0)
         if not rmap:
             continue
         if writable:
-            kvm_unmap_rmapp(kvm, slot, level, block)
+            yield from kvm_unmap_rmapp(kvm, slot, level, block)
         else:
             clear = ~(
                 PT64_BASE_ADDR_MASK | PT_WRITABLE_MASK | SPTE_HOST_WRITEABLE | kvm.spte_format.accessed_mask
             )
             for sptep in pte_list_entries(rmap):
                 sp, index = _entry(kvm, sptep)
-                spte = sp.spt[index] & clear | new_pfn << 12
+                seen = sp.spt[index]
                 if kvm.point_spte_update:
                     yield Point.SPTE_UPDATE
-                sp.spt[index] = spte
+                exchange = kvm.profile.ad_bit_loss  # bug B20 without it
+                mmu_spte_update(kvm, sp, index, seen, seen & clear | new_pfn << 12, exchange=exchange)
         yield from kvm_flush_remote_tlbs(kvm)
     yield MmuLock.RELEASE
+    yield from _raise_seq_late(kvm)
 
 
 def kvm_mmu_notifier_clear_flush_young(kvm: Kvm, page: int) -> Operation[bool]:
@@ -149,7 +185,7 @@ def kvm_mmu_notifier_clear_flush_young(kvm: Kvm, page: int) -> Operation[bool]:
     accessed = kvm.spte_format.accessed_mask
     for slot, level, block in _rmaps(kvm, page):
         if not accessed:
-            young |= kvm_unmap_rmapp(kvm, slot, level, block)
+            young |= yield from kvm_unmap_rmapp(kvm, slot, level, block)
             continue
         for sptep in pte_list_entries(slot.rmap[level].get(block, 0)):
             sp, index = _entry(kvm, sptep)

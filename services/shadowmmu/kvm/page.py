@@ -46,7 +46,6 @@ class ShadowPage:
         "gfns",
         "hpa",
         "invalid",
-        "leaked_roots",
         "level",
         "parent_ptes",
         "quadrant",
@@ -78,9 +77,6 @@ class ShadowPage:
         self.unsync_children = 0
         self.unsync_child_bitmap: set[int] = set()
         self.root_count = 0
-        self.leaked_roots = (
-            0  # counts in root_count that nobody will ever give back (a quirk of PAE root loads)
-        )
         self.parent_ptes: PteList = 0
 
     def mark_invalid(self) -> None:

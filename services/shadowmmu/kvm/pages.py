@@ -27,7 +27,17 @@ __all__ = [
     "kvm_mmu_unprotect_page",
     "kvm_mmu_unprotect_page_virt",
     "kvm_pv_mmu_op_release_pt",
+    "shadow_page_role",
 ]
+
+
+def shadow_page_role(vcpu: Vcpu, gaddr: int, level: int, direct: bool, access: int) -> int:
+    """The role of the shadow page of `level` on this vCPU's way to address `gaddr`."""
+    mmu = vcpu.mmu
+    quadrant = 0
+    if not mmu.direct_map and mmu.fmt.has_quadrants:
+        quadrant = (gaddr >> (12 + 9 * level)) & ((1 << level) - 1)
+    return page_role(mmu.base_role, level, quadrant, direct, access)
 
 
 def kvm_mmu_get_page(  # noqa: PLR0917 - the kernel's arguments
@@ -48,10 +58,7 @@ def kvm_mmu_get_page(  # noqa: PLR0917 - the kernel's arguments
     """
     kvm = vcpu.kvm
     mmu = vcpu.mmu
-    quadrant = 0
-    if not mmu.direct_map and mmu.fmt.has_quadrants:
-        quadrant = (gaddr >> (12 + 9 * level)) & ((1 << level) - 1)
-    role = page_role(mmu.base_role, level, quadrant, direct, access)
+    role = shadow_page_role(vcpu, gaddr, level, direct, access)
     need_sync = False
     for sp in reversed(kvm.mmu_page_hash.get(gfn, ())):
         need_sync |= sp.unsync

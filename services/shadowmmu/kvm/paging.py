@@ -12,10 +12,9 @@ from shadowmmu.cpu.x86 import (
     PFERR_USER_MASK,
     PFERR_WRITE_MASK,
     PT64_BASE_ADDR_MASK,
-    PT_ACCESSED_MASK,
-    PT_PRESENT_MASK,
+    X86_CR4_SMEP,
 )
-from shadowmmu.kvm.constants import kvm_pages_per_hpage
+from shadowmmu.kvm.constants import ACC_ALL, ACC_EXEC_MASK, ACC_USER_MASK, ACC_WRITE_MASK, kvm_pages_per_hpage
 from shadowmmu.kvm.effects import MmuLock, Operation
 from shadowmmu.kvm.fetch import fetch
 from shadowmmu.kvm.host import gfn_to_pfn_prot
@@ -26,10 +25,11 @@ from shadowmmu.kvm.notifiers import mmu_notifier_retry
 from shadowmmu.kvm.notrap import drop_invalid_gpte
 from shadowmmu.kvm.page import ShadowPage
 from shadowmmu.kvm.points import Point
+from shadowmmu.kvm.requests import kvm_flush_remote_tlbs
 from shadowmmu.kvm.rmap import drop_spte
 from shadowmmu.kvm.set_spte import NO_SLOT_PFN, mmu_set_spte, set_spte
 from shadowmmu.kvm.spte import SPTE_HOST_WRITEABLE
-from shadowmmu.kvm.walker import gpte_access, inject_page_fault, walk_addr
+from shadowmmu.kvm.walker import GuestWalker, gpte_access, inject_page_fault, walk_addr
 from shadowmmu.kvm.zap import kvm_mmu_free_some_pages
 from shadowmmu.protocol.events import TlbsDirtyRaised
 
@@ -54,6 +54,11 @@ def paging_page_fault(vcpu: Vcpu, gva: int, error_code: int, prefault: bool) -> 
     walker = yield from walk_addr(vcpu, gva, error_code)
     if walker.fault is not None:
         if not prefault:
+            if kvm.profile.pf_injection_no_sync:
+                # Bug A6: in 3.1 what the shadow has for the address outlives the fault. (Upstream's fix does this only
+                # if the error code has P; any fault removes the translation on a processor. The exit took it from
+                # this vCPU's TLB.)
+                yield from vcpu.mmu.context.invlpg(vcpu, gva)
             inject_page_fault(vcpu, walker.fault, gva)
             vcpu.last_pt_write_count = 0
         return 0
@@ -66,10 +71,16 @@ def paging_page_fault(vcpu: Vcpu, gva: int, error_code: int, prefault: bool) -> 
     seq = kvm.mmu_notifier_seq
     yield Point.GFN_TO_PFN
     pfn, map_writable = yield from gfn_to_pfn_prot(kvm, walker.gfn, write_fault)
+    if not kvm.profile.notifier_retry_late_seq:  # bug B19: what has happened since the look-up goes unnoticed
+        yield Point.LATE_SEQ
+        seq = kvm.mmu_notifier_seq
     if pfn == NO_SLOT_PFN:
         vcpu_cache_mmio_info(vcpu, gva, walker.gfn, walker.pte_access)
         if not kvm.mmio_sptes:
             return 1
+    user_fault = error_code & PFERR_USER_MASK != 0
+    if kvm.profile.wp0_dirty_missed and write_fault and pfn != NO_SLOT_PFN:
+        _grant_wp0_write(vcpu, walker, user_fault)
     yield Point.BEFORE_LOCK
     yield MmuLock.ACQUIRE
     emulate = False
@@ -77,7 +88,6 @@ def paging_page_fault(vcpu: Vcpu, gva: int, error_code: int, prefault: bool) -> 
         yield from kvm_mmu_free_some_pages(kvm)
         if not force_pt_level:
             walker.gfn, pfn, level = transparent_hugepage_adjust(kvm, walker.gfn, pfn, level)
-        user_fault = error_code & PFERR_USER_MASK != 0
         emulate = yield from fetch(vcpu, walker, user_fault, write_fault, level, pfn, map_writable, prefault)
         if not emulate:
             vcpu.last_pt_write_count = 0
@@ -86,8 +96,28 @@ def paging_page_fault(vcpu: Vcpu, gva: int, error_code: int, prefault: bool) -> 
     return int(emulate)
 
 
+def _grant_wp0_write(vcpu: Vcpu, walker: GuestWalker, user_fault: bool) -> None:
+    """With CR0.WP = 0 the kernel writes what the guest's tables let it read: for the kernel only, then.
+
+    Bug A15 (wp0-dirty-missed): 3.1 does this when it writes the shadow entry, in a page that all read-only mappings of
+    the frame share.
+    """
+    if user_fault or walker.pte_access & ACC_WRITE_MASK or vcpu.is_write_protection:
+        return
+    profile = vcpu.kvm.profile
+    walker.pte_access |= ACC_WRITE_MASK
+    if profile.role_bits_user:  # bug B15 without it
+        walker.pte_access &= ~ACC_USER_MASK
+    if vcpu.cr4 & X86_CR4_SMEP and profile.role_bits_smep:  # bug B15 without it
+        walker.pte_access &= ~ACC_EXEC_MASK
+
+
 def _dropped_without_flush(kvm: Kvm) -> None:
     """sync_page dropped an entry; the guest owes itself the flush, but the host must know that TLBs may have it."""
+    if kvm.profile.sync_flush_now:  # the other fix of A1: sync_page flushes, nothing is put off
+        return
+    if not kvm.profile.sync_drop_noflush_count:  # bug B2: nobody knows
+        return
     kvm.tlbs_dirty += 1
     if kvm.trace is not None:
         kvm.trace(TlbsDirtyRaised(kvm.tlbs_dirty))
@@ -107,6 +137,8 @@ def paging_sync_page(vcpu: Vcpu, sp: ShadowPage) -> Operation[bool]:
     spt = sp.spt
     slot = kvm.visible_memslot(sp.gfn)
     nr_present = 0
+    dropped = False
+    inherited = sp.access if kvm.profile.inherited_in_sync else ACC_ALL  # bug B28
     base = 0
     entries = None
     if slot is not None:
@@ -115,7 +147,9 @@ def paging_sync_page(vcpu: Vcpu, sp: ShadowPage) -> Operation[bool]:
             base >>= 3
             entries = slot.words
         else:
-            base = (base >> 2) + (sp.quadrant << 9)
+            base >>= 2
+            if kvm.profile.quadrant_sync:  # bug B29 without it
+                base += sp.quadrant << 9
             entries = slot.dwords
     for index in sorted([index for index, spte in spt.items() if spte] if kvm.bypass_guest_pf else spt):
         if kvm.point_read_guest_memory:
@@ -126,11 +160,12 @@ def paging_sync_page(vcpu: Vcpu, sp: ShadowPage) -> Operation[bool]:
         if kvm.point_gpte_read:
             yield Point.GPTE_READ
         gfn = (gpte & gfmt.base_addr_mask) >> 12
-        if gpte & mmu.valid_gpte_test != PT_PRESENT_MASK | PT_ACCESSED_MASK:
+        if gpte & mmu.valid_gpte_test != mmu.valid_gpte:
             kvm.notrap.on_sync += drop_invalid_gpte(vcpu, sp, index, gpte)
             _dropped_without_flush(kvm)
+            dropped = True
             continue
-        access = sp.access & gpte_access(mmu, gpte, True)
+        access = inherited & gpte_access(mmu, gpte, True)
         spte = spt[index]
         if spte & fmt.mmio_mask == fmt.mmio_mask:
             if fmt.mmio_gfn(spte) != gfn:
@@ -142,6 +177,7 @@ def paging_sync_page(vcpu: Vcpu, sp: ShadowPage) -> Operation[bool]:
         if gfn != sp.gfns[index]:
             drop_spte(kvm, sp, index)
             _dropped_without_flush(kvm)
+            dropped = True
             continue
         nr_present += 1
         pfn = (spte & PT64_BASE_ADDR_MASK) >> 12
@@ -150,6 +186,8 @@ def paging_sync_page(vcpu: Vcpu, sp: ShadowPage) -> Operation[bool]:
         yield from set_spte(
             vcpu, sp, index, target, access, False, False, 1, gfn, pfn, True, False, host_writable
         )
+    if dropped and kvm.profile.sync_flush_now:
+        yield from kvm_flush_remote_tlbs(kvm)
     return nr_present == 0
 
 
@@ -160,10 +198,12 @@ def paging_update_pte(vcpu: Vcpu, sp: ShadowPage, index: int, gpte: int) -> Oper
     """
     kvm = vcpu.kvm
     mmu = vcpu.mmu
-    if gpte & mmu.valid_gpte_test != PT_PRESENT_MASK | PT_ACCESSED_MASK:
+    if gpte & mmu.valid_gpte_test != mmu.valid_gpte:
         kvm.notrap.on_pte_write += drop_invalid_gpte(vcpu, sp, index, gpte)
         return
-    access = sp.access & gpte_access(mmu, gpte, True)
+    access = gpte_access(mmu, gpte, True)
+    if kvm.profile.inherited_in_pte_write:  # bug B28 without it
+        access &= sp.access
     gfn = (gpte & mmu.fmt.base_addr_mask) >> 12
     slot = kvm.visible_memslot(gfn)
     pfn = NO_SLOT_PFN if slot is None else kvm.host.atomic_pfn(slot, gfn)

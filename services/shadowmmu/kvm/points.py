@@ -16,7 +16,7 @@ class PointKind(enum.Enum):
     """Who may act at a point."""
 
     SCHEDULING = "scheduling"  # other host operations, and the hardware of vCPUs in guest mode
-    MEMORY = "memory"  # only the hardware of vCPUs in guest mode; may be under mmu_lock
+    MEMORY = "memory"  # only hardware: of vCPUs in guest mode, and store buffers (tso); may be under mmu_lock
 
 
 class Point(enum.Enum):
@@ -27,12 +27,15 @@ class Point(enum.Enum):
     WALK_CMPXCHG = "walk_addr: guest entry read, its A or D bit not set yet"
     WALK_DONE = "page_fault: walked, frame not looked up yet"
     GFN_TO_PFN = "page_fault: mmu_notifier_seq read, frame lookup (sleeps)"
+    LATE_SEQ = "page_fault: frame found, mmu_notifier_seq not read yet (only with bug B19)"
     BEFORE_LOCK = "page_fault: frame found, lock not taken yet"
     DIRECT_GFN_TO_PFN = "nonpaging_map: mmu_notifier_seq read, frame lookup (sleeps)"
     DIRECT_BEFORE_LOCK = "nonpaging_map: frame found, lock not taken yet"
     EMULATE_FAULT = "kvm_mmu_page_fault: fault handled, instruction not emulated yet"
     EMULATE_TRANSLATED = "emulator: address translated, memory not accessed yet"
+    LOCKED_OP_COMPARED = "emulator: memory read and compared, not written yet (only with bug B23)"
     PTE_WRITE_STORED = "emulator_write_phys: memory written, kvm_mmu_pte_write not called yet"
+    PTE_WRITE_NO_SHADOW = "kvm_mmu_pte_write: no shadow page counted, store not visible yet (tso)"
     PTE_WRITE_READ = "kvm_mmu_pte_write: invlpg_counter read, guest entry not read again yet"
     PTE_WRITE_LOCK = "kvm_mmu_pte_write: value known, lock not taken yet"
     INVLPG_LOCK = "invlpg: lock not taken yet"
@@ -42,11 +45,14 @@ class Point(enum.Enum):
     FREE_ROOTS_LOCK = "mmu_free_roots: lock not taken yet"
     SYNC_ROOTS_LOCK = "kvm_mmu_sync_roots: lock not taken yet"
     COND_RESCHED_LOCK = "mmu_sync_children: lock dropped"
+    UNSYNC_LATE = "set_spte: entry maps a table writable, table not unsync yet (only with bug C2)"
     SET_CR3 = "kvm_set_cr3: value accepted, roots not freed yet"
     RESET_CONTEXT = "kvm_mmu_reset_context: register changed, context not rebuilt yet"
     UNPROTECT_LOCK = "kvm_mmu_unprotect_page: gfn known, lock not taken yet"
     ENTER_GUEST_RELOAD = "vcpu_enter_guest: requests served, root not loaded yet"
     ENTER_GUEST_REQUESTS = "vcpu_enter_guest: requests served, guest mode not set yet"
+    ENTER_GUEST_MODE_BUFFERED = "vcpu_enter_guest: requests tested, guest mode not visible yet (tso)"
+    ENTER_GUEST_LATE_MODE = "vcpu_enter_guest: requests tested, guest mode not set yet (only with bug B22)"
     HOST_UNMAPPED = "host: page taken away, mmu_notifier not called yet"
     HOST_PAGE_LOCK = "host: about to change a page, page-table lock not taken yet"
     HOST_COW = "host: page moved (copy on write, merged), change_pte not called yet"
@@ -54,7 +60,10 @@ class Point(enum.Enum):
     NOTIFIER_RANGE_UNLOCKED = "invalidate_range_start: lock dropped, flush not asked for yet"
     NOTIFIER_RANGE_STARTED = "host: invalidate_range_start returned, invalidate_range_end not called yet"
     NOTIFIER_YOUNG_UNLOCKED = "clear_flush_young: lock dropped, flush not asked for yet"
+    NOTIFIER_SEQ_LATE = "notifiers: lock dropped, mmu_notifier_seq not raised yet (only with bug B19)"
     DIRTY_LOG_SWAPPED = "kvm_vm_ioctl_get_dirty_log: bitmap swapped, write access not removed yet"
+    DIRTY_LOG_UNLOCKED = "kvm_vm_ioctl_get_dirty_log: lock dropped, not flushed yet (only with bug C1)"
+    DIRTY_LOG_FLUSHED_EARLY = "remove_write_access: flushed, entries still writable (only with bug B17)"
     DIRTY_LOG_COPY = "kvm_vm_ioctl_get_dirty_log: write access removed, log not returned yet"
     SLOTS_LOCK = "__kvm_set_memory_region, kvm_vm_ioctl_get_dirty_log: slots_lock not taken yet"
     MEMSLOT_INVALID = "__kvm_set_memory_region: slot invalid and its readers gone, shadow not flushed yet"

@@ -52,12 +52,84 @@ class Profile:
     tlbs_dirty_missed_wp: bool
     link_before_sync: bool
     notifier_flush_outside_lock: bool
+    pte_write_fastexit_barrier: bool
     stale_mmio_cache: bool
     gpa_base_change: bool
+    inherited_perms: bool
+    emulated_write_race: bool
+    pf_injection_no_sync: bool
+    sync_wrong_role: bool
+    unexpected_gfn: bool
+    unexpected_role: bool
+    tlbs_dirty_truncation: bool
+    change_pte_order: bool
+    wp0_dirty_missed: bool
+    pae_root_leak: bool
+    emulated_store_window: bool
     # part B
     sync_drop_noflush: bool
+    ad_bit_loss: bool
+    ad_bit_loss_update: bool
+    ad_bit_loss_carry: bool
+    ad_bit_loss_write_access: bool
+    mode_request_barrier: bool
+    request_mode_barrier: bool
     memslot_delete_flush: bool
+    wr_ro_noflush: bool
+    sync_drop_noflush_count: bool
+    sync_drop_noflush_clear: bool
+    writable_sync_sp: bool
+    selfref_sync: bool
+    fetch_revalidate_all: bool
+    fetch_revalidate_leaf: bool
+    fetch_revalidate_leaf_existing: bool
+    read_before_wp: bool
+    invlpg_prefault_race: bool
+    invlpg_noremote: bool
+    large_to_normal: bool
+    small_to_large: bool
+    pfn_overwrite: bool
+    pfn_overwrite_drop: bool
+    direct_sp_access: bool
+    direct_sp_access_leaf: bool
+    direct_gfn: bool
+    role_bits_wp: bool
+    role_bits_nxe: bool
+    role_bits_user: bool
+    role_bits_smep: bool
+    wp_huge_iteration: bool
+    dirty_log_flush: bool
+    dirty_log_flush_early: bool
+    dirty_log_large_maps: bool
+    notifier_huge_index: bool
+    notifier_retry: bool
+    notifier_retry_late_seq: bool
+    notifier_retry_count: bool
+    notifier_retry_seq: bool
+    notifier_retry_raise_late: bool
+    second_flusher_returns_early: bool
+    second_flusher_exiting: bool
+    mode_vs_request_order: bool
+    locked_op_emulation: bool
+    sync_on_cr3_reload: bool
+    sync_on_load: bool
+    memslot_delete_flush_early: bool
+    unreachable_child: bool
+    prefetch_reserved_bits: bool
+    prefetch_present: bool
+    prefetch_accessed: bool
+    inherited_in_pte_write: bool
+    inherited_in_prefetch: bool
+    inherited_in_sync: bool
+    quadrant: bool
+    quadrant_sync: bool
+    quadrant_invlpg: bool
+    stale_on_old_pcpu: bool
     # part C, and alternatives
+    wp_race_dirty_log: bool
+    lockless_sync_roots: bool
+    ro_large_spte_dirty_log: bool
+    sync_flush_now: bool
 
     __slots__ = ("fixes", "kernel", "name", *(fix.attribute for fix in FIXES.values()))
 

@@ -62,7 +62,7 @@ def _detect_flood(vcpu: Vcpu, gfn: int) -> bool:
     return False
 
 
-def _written_entries(sp: ShadowPage, offset: int) -> range | None:
+def _written_entries(kvm: Kvm, sp: ShadowPage, offset: int) -> range | None:
     """The entries of `sp` that a store at byte `offset` of its guest table changes; None if another quadrant's."""
     if sp.cr4_pae:
         return range(offset >> 3, (offset >> 3) + 1)
@@ -72,10 +72,18 @@ def _written_entries(sp: ShadowPage, offset: int) -> range | None:
         # A guest entry of 4 MiB is two of ours.
         offset = (offset & ~7) << 1
         entries = 2
-    if offset >> 12 != sp.quadrant:
+    if offset >> 12 != sp.quadrant and kvm.profile.quadrant:  # bug B29 without it
         return None
     first = (offset & PAGE_OFFSET_MASK) >> 3
     return range(first, first + entries)
+
+
+def _read_gpte_atomic(kvm: Kvm, gpa: int, size: int) -> int:
+    """The guest entry at `gpa`; 0 if it cannot be read without sleeping."""
+    slot = kvm.visible_memslot(gpa >> 12)
+    if slot is None or (gpa >> 12) + slot.hva_delta & slot.host_mask in kvm.host.absent:
+        return 0
+    return kvm.memory.read_in(slot, gpa, size)
 
 
 def kvm_mmu_pte_write(
@@ -88,7 +96,14 @@ def kvm_mmu_pte_write(
     """
     kvm = vcpu.kvm
     stat = kvm.stat
+    store_buffer = vcpu.store_buffer  # None with memory model sc
+    if store_buffer and kvm.profile.pte_write_fastexit_barrier:
+        store_buffer.drain()
     if not kvm.indirect_shadow_pages:
+        # Bug A5 (pte-write-fastexit-barrier): in 3.1 the store may still be on its way, and who counts a page from now
+        # on reads the guest's old entry.
+        if store_buffer:
+            yield Point.PTE_WRITE_NO_SHADOW
         return
     gfn = gpa >> 12
     offset = gpa & PAGE_OFFSET_MASK
@@ -105,11 +120,21 @@ def kvm_mmu_pte_write(
                 yield Point.READ_GUEST_MEMORY
             kvm.host.fault_in(slot, gfn)
             data = kvm.memory.read_in(slot, gpa, size)
+            if store_buffer:
+                data = store_buffer.forward(slot, gpa, size, data)
     gentry = data if size in (4, 8) else 0
     yield Point.PTE_WRITE_LOCK
+    if store_buffer:
+        store_buffer.drain()  # taking the lock is a locked operation
     yield MmuLock.ACQUIRE
-    if kvm.invlpg_counter != invlpg_counter:
+    if kvm.invlpg_counter != invlpg_counter and kvm.profile.invlpg_prefault_race:  # bug B8 without it
         gentry = 0
+    elif gentry and kvm.profile.emulated_write_race and (guest_initiated or kvm.profile.invlpg_prefault_race):
+        # Bug A4: 3.1 takes the value from before the lock, though another vCPU may have stored and updated since.
+        # (Without fix B8 what invlpg has read stays as it was.)
+        if kvm.point_read_guest_memory:
+            yield Point.READ_GUEST_MEMORY
+        gentry = _read_gpte_atomic(kvm, gpa, size)
     yield from kvm_mmu_free_some_pages(kvm)
     stat.mmu_pte_write += 1
     flooded = guest_initiated and _detect_flood(vcpu, gfn)
@@ -124,7 +149,7 @@ def kvm_mmu_pte_write(
             zapped |= (yield from kvm_mmu_prepare_zap_page(kvm, sp, invalid_list)) != 0
             stat.mmu_flooded += 1
             continue
-        entries = _written_entries(sp, offset)
+        entries = _written_entries(kvm, sp, offset)
         if entries is None:
             continue
         local_flush = True

@@ -19,12 +19,19 @@ def make_all_cpus_request(kvm: Kvm, request: int) -> Kick:
     """Set a request on every vCPU and say whom to kick: those that are not outside guest mode.
 
     The request is set before the mode is read. A vCPU in guest mode is moved to EXITING_GUEST_MODE; one that is
-    exiting already is waited for as well.
+    exiting already is waited for as well. Fix B22 (request-mode-barrier) is a barrier between the two that changes
+    nothing on x86, where the bit is set, and the mode read, by locked operations.
     """
     targets = []
     for vcpu in kvm.vcpus:
+        pending = vcpu.requests & request
         vcpu.requests |= request
         if vcpu.mode is VcpuMode.OUTSIDE_GUEST_MODE:
+            continue
+        # Bug B21: whoever has asked, or kicked, before is trusted to be done already.
+        if pending and not kvm.profile.second_flusher_returns_early:
+            continue
+        if vcpu.mode is VcpuMode.EXITING_GUEST_MODE and not kvm.profile.second_flusher_exiting:
             continue
         vcpu.mode = VcpuMode.EXITING_GUEST_MODE
         targets.append(vcpu.vcpu_id)
@@ -57,5 +64,10 @@ def kvm_reload_remote_mmus(kvm: Kvm) -> Operation[None]:
 
 def kvm_mmu_flush_tlb(vcpu: Vcpu) -> None:
     """Have this vCPU alone flush its TLB before it runs guest code again."""
-    vcpu.kvm.stat.tlb_flush += 1
+    kvm = vcpu.kvm
+    kvm.stat.tlb_flush += 1
     vcpu.requests |= KVM_REQ_TLB_FLUSH
+    if kvm.tlbs_dirty and not kvm.profile.sync_drop_noflush_clear:  # bug B2: others may have what was dropped
+        if kvm.trace is not None:
+            kvm.trace(TlbsDirtyCleared(kvm.tlbs_dirty))
+        kvm.tlbs_dirty = 0

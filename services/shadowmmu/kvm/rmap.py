@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from shadowmmu.cpu.x86 import PT_WRITABLE_MASK
+from shadowmmu.cpu.x86 import PT64_BASE_ADDR_MASK, PT_WRITABLE_MASK
 from shadowmmu.kvm.effects import Operation
 from shadowmmu.kvm.page import ShadowPage
 from shadowmmu.kvm.points import Point
 from shadowmmu.kvm.pte_list import pte_list_add, pte_list_entries, pte_list_first, pte_list_remove
+from shadowmmu.kvm.spte_update import mmu_spte_update
 from shadowmmu.protocol.events import AuditFailed
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def rmap_remove(kvm: Kvm, sp: ShadowPage, index: int) -> None:
 
 
 def _rmap_lost(kvm: Kvm, sp: ShadowPage, index: int, text: str) -> None:
-    """What a memory slot that went or moved without its mappings leaves behind (bugs A14, B25).
+    """What a memory slot that went or moved without its mappings leaves behind (bugs A14, B25), or a wrong page (A8).
 
     The kernel uses a null pointer here, or stops with BUG. Here the run is told, and goes on: the entry is taken out
     of whatever reverse map has it.
@@ -80,10 +81,17 @@ def _rmap_lost(kvm: Kvm, sp: ShadowPage, index: int, text: str) -> None:
                     del rmap[block]
 
 
-def drop_spte(kvm: Kvm, sp: ShadowPage, index: int) -> bool:
-    """Clear a leaf entry (also an MMIO one) and forget it in the reverse map; returns whether it mapped something."""
+def drop_spte(kvm: Kvm, sp: ShadowPage, index: int, seen: int | None = None) -> bool:
+    """Clear a leaf entry (also an MMIO one) and forget it in the reverse map; returns whether it mapped something.
+
+    The host is told of a dirty frame; if entries have no D bit, of each. With `seen` (a bug) the value before is not
+    what was exchanged for 0, but what was read some time ago.
+    """
     old = sp.spt.pop(index, 0)
-    if old & kvm.spte_format.present_test == 1:
+    fmt = kvm.spte_format
+    if old & fmt.present_test == 1:
+        if (old if seen is None else seen) & fmt.dirty_mask or not fmt.dirty_mask:
+            kvm.host.set_pfn_dirty((old & PT64_BASE_ADDR_MASK) >> 12, sp.level)
         rmap_remove(kvm, sp, index)
         return True
     return False
@@ -108,13 +116,14 @@ def rmap_write_protect(kvm: Kvm, gfn: int) -> Operation[bool]:
     if rmap:
         page_header = kvm.page_header
         for sptep in pte_list_entries(rmap):
-            spt = page_header[sptep & ~0xFFF].spt
+            sp = page_header[sptep & ~0xFFF]
             index = (sptep & 0xFFF) >> 3
-            spte = spt[index]
+            spte = sp.spt[index]
             if spte & PT_WRITABLE_MASK:
                 if kvm.point_spte_update:
                     yield Point.SPTE_UPDATE
-                spt[index] = spte & ~PT_WRITABLE_MASK
+                exchange = kvm.profile.ad_bit_loss_update  # bug B20 without it
+                mmu_spte_update(kvm, sp, index, spte, spte & ~PT_WRITABLE_MASK, exchange=exchange)
                 protected = True
     for level in (2, 3):
         if slot.rmap[level]:
@@ -126,17 +135,24 @@ def rmap_write_protect(kvm: Kvm, gfn: int) -> Operation[bool]:
                     drop_spte(kvm, sp, index)
                     kvm.stat.lpages -= 1
                     protected = True
+                    if not kvm.profile.wp_huge_iteration:  # bug B16: nothing follows what is gone
+                        break
     return protected
 
 
-def kvm_unmap_rmapp(kvm: Kvm, slot: KvmMemorySlot, level: int, block: int) -> bool:
+def kvm_unmap_rmapp(kvm: Kvm, slot: KvmMemorySlot, level: int, block: int) -> Operation[bool]:
     """Drop every entry of one reverse map; returns whether there was one."""
     rmap = slot.rmap[level]
     if block not in rmap:
         return False
     while block in rmap:
         sptep = pte_list_first(rmap[block])
-        drop_spte(kvm, kvm.page_header[sptep & ~0xFFF], (sptep & 0xFFF) >> 3)
+        sp, index = kvm.page_header[sptep & ~0xFFF], (sptep & 0xFFF) >> 3
+        seen = None
+        if kvm.point_spte_update and not kvm.profile.ad_bit_loss:  # bug B20: a load, and later a store
+            seen = sp.spt[index]
+            yield Point.SPTE_UPDATE
+        drop_spte(kvm, sp, index, seen)
     return True
 
 

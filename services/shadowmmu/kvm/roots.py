@@ -73,7 +73,8 @@ def mmu_alloc_direct_roots(vcpu: Vcpu) -> Operation[bool]:
 def mmu_alloc_shadow_roots(vcpu: Vcpu) -> Operation[bool]:
     """Roots that follow the guest's; False (and a triple fault requested) if a guest root is in no slot.
 
-    If a later PAE root fails, those taken already keep their counts for ever (a quirk).
+    Bug A16 (pae-root-leak): in 3.1, if a later PAE root fails, those taken already keep their counts for ever. With the
+    fix all PDPTEs are checked before a root is taken.
     """
     mmu = vcpu.mmu
     root_gfn = vcpu.cr3 >> 12
@@ -84,16 +85,20 @@ def mmu_alloc_shadow_roots(vcpu: Vcpu) -> Operation[bool]:
         mmu.root_hpa = root.hpa
         mmu.loading_roots.clear()
         return True
+    pdptes: list[int] = []
+    if mmu.fmt.has_pdptes and vcpu.kvm.profile.pae_root_leak:
+        for i in range(4):
+            pdptes.append((yield from kvm_pdptr_read(vcpu, i)))
+            if pdptes[i] & PT_PRESENT_MASK and not mmu_check_root(vcpu, pdptes[i] >> 12):
+                return False
     for i in range(4):
         if mmu.fmt.has_pdptes:
-            pdpte = yield from kvm_pdptr_read(vcpu, i)
+            pdpte = pdptes[i] if pdptes else (yield from kvm_pdptr_read(vcpu, i))
             if not pdpte & PT_PRESENT_MASK:
                 mmu.pae_root[i] = 0
                 continue
             root_gfn = pdpte >> 12
-            if not mmu_check_root(vcpu, root_gfn):
-                for sp in mmu.loading_roots:
-                    sp.leaked_roots += 1
+            if not pdptes and not mmu_check_root(vcpu, root_gfn):
                 mmu.loading_roots.clear()
                 return False
         root = yield from _get_root(vcpu, root_gfn, i << 30, PT_DIRECTORY_LEVEL, False)
@@ -114,6 +119,8 @@ def mmu_check_root(vcpu: Vcpu, root_gfn: int) -> bool:
 def kvm_mmu_load(vcpu: Vcpu) -> Operation[bool]:
     """Load a root and synchronise below it; returns whether there is one now. The processor's TLB is then empty."""
     loaded = yield from vcpu.mmu.context.alloc_roots(vcpu)
+    if not vcpu.kvm.profile.sync_on_load:  # bug B24 (in 3.1 kvm_mmu_get_page asks for it too)
+        return loaded
     yield Point.LOAD_SYNC_LOCK
     yield MmuLock.ACQUIRE
     yield from mmu_sync_roots(vcpu)

@@ -17,6 +17,7 @@ from shadowmmu.kvm.points import Point
 from shadowmmu.kvm.requests import kvm_reload_remote_mmus
 from shadowmmu.kvm.slot_write_access import kvm_mmu_slot_remove_write_access
 from shadowmmu.kvm.zap import kvm_mmu_zap_all
+from shadowmmu.protocol.events import SlotSettled
 
 if TYPE_CHECKING:
     from shadowmmu.kvm.vm import Kvm
@@ -148,6 +149,8 @@ def set_memory_region_locked(
         yield Point.MEMSLOT_COMMITTED
         yield from kvm_arch_flush_shadow(kvm)
         kvm.memslots_generation += 1  # what MMIO caches took from such an entry meanwhile
+    if kvm.trace is not None:
+        kvm.trace(SlotSettled(slot.id, slot.base_gfn, region.npages, slot.dirty_bitmap is not None))
     return slot
 
 
@@ -162,10 +165,13 @@ def _count_tables(kvm: Kvm, slot: KvmMemorySlot) -> None:
 
 def _make_invalid(kvm: Kvm, slot: KvmMemorySlot) -> Operation[None]:
     """From now on no shadow page maps the slot's frames, or is made for a table in it."""
+    profile = kvm.profile
+    if not profile.memslot_delete_flush_early:  # bug B25: faults map the slot's frames again
+        yield from kvm_arch_flush_shadow(kvm)
     slot.invalid = True
     kvm.publish_memslots(kvm.memslots)
     yield Srcu.SYNCHRONIZE
-    if kvm.profile.memslot_delete_flush:  # bug B25 without it
+    if profile.memslot_delete_flush and profile.memslot_delete_flush_early:  # bug B25 without one of them
         yield Point.MEMSLOT_INVALID
         yield from kvm_arch_flush_shadow(kvm)
 

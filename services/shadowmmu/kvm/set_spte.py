@@ -20,11 +20,14 @@ from shadowmmu.kvm.points import Point
 from shadowmmu.kvm.requests import kvm_flush_remote_tlbs, kvm_mmu_flush_tlb
 from shadowmmu.kvm.rmap import drop_parent_pte, drop_spte, has_wrprotected_page, kvm_unmap_rmapp, rmap_add
 from shadowmmu.kvm.spte import SPTE_HOST_WRITEABLE
-from shadowmmu.kvm.unsync import mmu_need_write_protect
+from shadowmmu.kvm.spte_update import mmu_spte_update
+from shadowmmu.kvm.unsync import mmu_need_write_protect, unsync_late
+from shadowmmu.protocol.events import AuditFailed
 
 if TYPE_CHECKING:
     from shadowmmu.kvm.memslots import KvmMemorySlot
     from shadowmmu.kvm.vcpu import Vcpu
+    from shadowmmu.kvm.vm import Kvm
 
 __all__ = ["NO_SLOT_PFN", "mmu_set_spte", "set_spte"]
 
@@ -73,14 +76,19 @@ def make_spte(  # noqa: PLR0917 - the kernel's arguments
         pte_access &= ~ACC_WRITE_MASK
     refused = False
     if pte_access & ACC_WRITE_MASK or (
-        write_fault and not user_fault and not vcpu.cr0 & X86_CR0_WP and not vcpu.mmu.direct_map
+        not kvm.profile.wp0_dirty_missed  # bug A15
+        and write_fault
+        and not user_fault
+        and not vcpu.cr0 & X86_CR0_WP
+        and not vcpu.mmu.direct_map
     ):
         if level > 1 and has_wrprotected_page(kvm, gfn, level):
             return 0, True
         spte |= PT_WRITABLE_MASK
         if not pte_access & ACC_WRITE_MASK and not vcpu.mmu.direct_map:
-            spte &= ~PT_USER_MASK
-            if vcpu.cr4 & X86_CR4_SMEP:
+            if kvm.profile.role_bits_user:  # bug B15 without it
+                spte &= ~PT_USER_MASK
+            if vcpu.cr4 & X86_CR4_SMEP and kvm.profile.role_bits_smep:  # bug B15 without it
                 spte |= fmt.nx_mask
         if not can_unsync and current & PT_WRITABLE_MASK:
             return spte, False
@@ -137,13 +145,32 @@ def set_spte(  # noqa: PLR0917 - the kernel's arguments
         return True
     fmt = kvm.spte_format
     if old & fmt.present_test == PT_PRESENT_MASK:
-        spte |= old & fmt.dirty_mask
+        carry = kvm.profile.ad_bit_loss_carry  # bug B20 without it
+        if carry:
+            spte |= old & fmt.dirty_mask
         if kvm.point_spte_update:
             yield Point.SPTE_UPDATE
-    sp.spt[index] = spte
-    if old & PT_WRITABLE_MASK and not spte & PT_WRITABLE_MASK:
+        if carry:
+            mmu_spte_update(kvm, sp, index, old, spte, exchange=kvm.profile.ad_bit_loss_update)
+        else:
+            sp.spt[index] = spte
+    else:
+        sp.spt[index] = spte
+    if kvm.late_unsync:  # bug C2
+        yield from unsync_late(kvm)
+    if old & PT_WRITABLE_MASK and not spte & PT_WRITABLE_MASK and kvm.profile.wr_ro_noflush:  # bug B1
         yield from kvm_flush_remote_tlbs(kvm)
     return refused
+
+
+def _wrong_direct_page(kvm: Kvm, sp: ShadowPage, index: int, gfn: int) -> None:
+    """What following a direct page of other frames, or of another role, ends in (bugs A8, A9).
+
+    The kernel stops with BUG in kvm_mmu_page_set_gfn. Here the run is told, and goes on.
+    """
+    if kvm.trace is not None:
+        text = f"entry {index} of {sp!r} maps frame {gfn}, not {sp.get_gfn(index)}: the kernel stops here"
+        kvm.trace(AuditFailed("kvm_mmu_page_set_gfn", text))
 
 
 def mmu_set_spte(  # noqa: PLR0917 - the kernel's arguments
@@ -173,12 +200,17 @@ def mmu_set_spte(  # noqa: PLR0917 - the kernel's arguments
     if old & present_test == PT_PRESENT_MASK:
         if level > 1 and not old & PT_PAGE_SIZE_MASK:
             drop_parent_pte(kvm.child(old), sp, index)
-            yield from kvm_flush_remote_tlbs(kvm)
+            if kvm.profile.small_to_large:  # bug B11 without it
+                yield from kvm_flush_remote_tlbs(kvm)
             old = 0
         elif (old & PT64_BASE_ADDR_MASK) >> 12 != pfn:
-            drop_spte(kvm, sp, index)
-            yield from kvm_flush_remote_tlbs(kvm)
-            old = 0
+            if kvm.profile.pfn_overwrite_drop or slot is None:
+                drop_spte(kvm, sp, index)
+                if kvm.profile.pfn_overwrite:  # bug B12 without it
+                    yield from kvm_flush_remote_tlbs(kvm)
+                old = 0
+            else:
+                was_rmapped = True  # bug B12 (pfn-overwrite-drop): taken for a mapping of the same frame
         else:
             was_rmapped = True
     if old:
@@ -215,6 +247,8 @@ def mmu_set_spte(  # noqa: PLR0917 - the kernel's arguments
         )
         if spte:
             spt[index] = spte
+        if kvm.late_unsync:  # bug C2
+            yield from unsync_late(kvm)
     emulate = False
     if refused:
         emulate = write_fault
@@ -227,8 +261,10 @@ def mmu_set_spte(  # noqa: PLR0917 - the kernel's arguments
         if not was_rmapped:
             if not sp.direct:
                 sp.gfns[index] = gfn
+            elif gfn != sp.get_gfn(index):
+                _wrong_direct_page(kvm, sp, index, gfn)
             if rmap_add(slot, gfn, sp.level, sp.hpa + (index << 3)) > RMAP_RECYCLE_THRESHOLD:
-                kvm_unmap_rmapp(kvm, slot, sp.level, gfn >> (9 * (sp.level - 1)))
+                yield from kvm_unmap_rmapp(kvm, slot, sp.level, gfn >> (9 * (sp.level - 1)))
                 yield from kvm_flush_remote_tlbs(kvm)
     elif spte:
         emulate = True  # an MMIO entry

@@ -15,6 +15,7 @@ from shadowmmu.kvm.page import ShadowPage
 from shadowmmu.kvm.points import Point
 from shadowmmu.kvm.requests import kvm_flush_remote_tlbs, kvm_mmu_flush_tlb
 from shadowmmu.kvm.rmap import rmap_write_protect
+from shadowmmu.kvm.role import ROLE_BASE_MASK
 from shadowmmu.kvm.unsync import PagePath, kvm_unlink_unsync_page, mmu_unsync_walk
 from shadowmmu.kvm.zap import kvm_mmu_commit_zap_page, kvm_mmu_prepare_zap_page
 
@@ -50,9 +51,12 @@ def kvm_sync_page(
     """
     kvm = vcpu.kvm
     if sp.cr4_pae == vcpu.is_pae:
-        if clear_unsync:
+        if clear_unsync and kvm.profile.selfref_sync:
             kvm_unlink_unsync_page(kvm, sp)
         if not (yield from vcpu.mmu.context.sync_page(vcpu, sp)):
+            if clear_unsync and not kvm.profile.selfref_sync:
+                # Bug B4: an entry that maps the page's own table may have been made as if it stayed unsync.
+                kvm_unlink_unsync_page(kvm, sp)
             kvm_mmu_flush_tlb(vcpu)
             return False
     yield from kvm_mmu_prepare_zap_page(kvm, sp, invalid_list)
@@ -76,7 +80,9 @@ def kvm_sync_pages(vcpu: Vcpu, gfn: int) -> Operation[None]:
         if not sp.unsync or sp.direct or sp.invalid:
             continue
         kvm_unlink_unsync_page(kvm, sp)
-        if sp.cr4_pae != vcpu.is_pae or (yield from vcpu.mmu.context.sync_page(vcpu, sp)):
+        # Bug A7 (sync-wrong-role): 3.1 reads the table as this vCPU's mode has it, whatever the page's role.
+        other_role = kvm.profile.sync_wrong_role and (sp.role ^ vcpu.mmu.base_role) & ROLE_BASE_MASK
+        if other_role or sp.cr4_pae != vcpu.is_pae or (yield from vcpu.mmu.context.sync_page(vcpu, sp)):
             yield from kvm_mmu_prepare_zap_page(kvm, sp, invalid_list)
         else:
             flush = True
@@ -126,8 +132,25 @@ def mmu_sync_roots(vcpu: Vcpu) -> Operation[None]:
             yield from mmu_sync_children(vcpu, kvm.page_header[root & PT64_BASE_ADDR_MASK])
 
 
+def _may_be_unsync(vcpu: Vcpu) -> bool:
+    """Whether the root seems to reach unsync pages, looked at without mmu_lock."""
+    kvm = vcpu.kvm
+    mmu = vcpu.mmu
+    if mmu.direct_map or mmu.root_hpa == INVALID_PAGE:
+        return False
+    vcpu_clear_mmio_info(vcpu)
+    roots = [mmu.root_hpa] if mmu.root_level == PT64_ROOT_LEVEL else mmu.pae_root
+    return any(
+        kvm.page_header[root & PT64_BASE_ADDR_MASK].unsync_children
+        for root in roots
+        if root not in (0, INVALID_PAGE)
+    )
+
+
 def kvm_mmu_sync_roots(vcpu: Vcpu) -> Operation[None]:
     """mmu_sync_roots with mmu_lock taken."""
+    if not vcpu.kvm.profile.lockless_sync_roots and not _may_be_unsync(vcpu):
+        return  # bug C2
     yield Point.SYNC_ROOTS_LOCK
     yield MmuLock.ACQUIRE
     yield from mmu_sync_roots(vcpu)

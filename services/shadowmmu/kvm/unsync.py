@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Final
 
 from shadowmmu.cpu.x86 import PT64_BASE_ADDR_MASK, PT64_ROOT_LEVEL, PT_PAGE_SIZE_MASK, PT_PRESENT_MASK
 from shadowmmu.kvm.constants import KVM_PAGE_ARRAY_NR
+from shadowmmu.kvm.effects import Operation
 from shadowmmu.kvm.notrap import mmu_convert_notrap
 from shadowmmu.kvm.page import ShadowPage
+from shadowmmu.kvm.points import Point
 from shadowmmu.kvm.pte_list import pte_list_entries
 from shadowmmu.protocol.events import ShadowPageSynced, ShadowPageUnsynced
 
@@ -26,6 +28,7 @@ __all__ = [
     "kvm_unlink_unsync_page",
     "mmu_need_write_protect",
     "mmu_unsync_walk",
+    "unsync_late",
 ]
 
 FULL: Final = -1
@@ -35,7 +38,9 @@ FULL: Final = -1
 def kvm_mmu_mark_parents_unsync(kvm: Kvm, sp: ShadowPage) -> None:
     """Tell all pages above that there is an unsync page below."""
     for sptep in pte_list_entries(sp.parent_ptes):
-        parent = kvm.page_header[sptep & ~0xFFF]
+        parent = kvm.page_header.get(sptep & ~0xFFF)
+        if parent is None:  # bug B26: a parent that was never linked is gone
+            continue
         index = (sptep & 0xFFF) >> 3
         if index in parent.unsync_child_bitmap:
             continue
@@ -75,13 +80,25 @@ def mmu_need_write_protect(kvm: Kvm, gfn: int, can_unsync: bool) -> bool:
     for sp in reversed(kvm.mmu_page_hash.get(gfn, ())):
         if sp.direct or sp.invalid:
             continue
-        if not can_unsync or sp.level != 1:
+        # Bug B3 (writable-sync-sp): a table that is unsync just now, though it is about to be in sync.
+        if sp.level != 1 or (not can_unsync and (kvm.profile.writable_sync_sp or not sp.unsync)):
             return True
         if not sp.unsync:
             to_unsync.append(sp)
+    if not kvm.profile.lockless_sync_roots:
+        kvm.late_unsync += to_unsync  # bug C2: the caller's caller does it, after the entry is writable
+        return False
     for sp in to_unsync:
         kvm_unsync_page(kvm, sp)
     return False
+
+
+def unsync_late(kvm: Kvm) -> Operation[None]:
+    """Mark the pages unsync whose tables an entry maps writable by now (only with bug C2)."""
+    yield Point.UNSYNC_LATE
+    for sp in kvm.late_unsync:
+        kvm_unsync_page(kvm, sp)
+    kvm.late_unsync.clear()
 
 
 class PagePath:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
-__all__ = ["UserMemory"]
+__all__ = ["FrameCopy", "UserMemory"]
 
 if sys.byteorder != "little":  # pragma: no cover
     raise ImportError("shadowmmu keeps guest memory as native words and needs a little-endian host")
@@ -20,16 +20,19 @@ class UserMemory:
     """The host virtual pages `base` to `end` - 1.
 
     `base_gfn` is the guest frame at which a slot has them, or had them last. `words` and `dwords` are the contents
-    as aligned 8-byte and 4-byte words. After `unmap`, loads by stale translations give 0 and stores go nowhere.
+    as aligned 8-byte and 4-byte words. `written` are the pages (counted from the first) that were stored to through the
+    host's own page tables since they were last written to swap; guests' stores are not noted here. After `unmap`, loads
+    by stale translations give 0 and stores go nowhere.
     """
 
-    __slots__ = ("base", "base_gfn", "data", "dwords", "end", "mapped", "words")
+    __slots__ = ("base", "base_gfn", "data", "dwords", "end", "mapped", "words", "written")
 
     def __init__(self, base: int, npages: int, base_gfn: int) -> None:
         self.base = base
         self.end = base + npages
         self.base_gfn = base_gfn
         self.mapped = True
+        self.written: set[int] = set()
         # Anonymous memory costs nothing until it is touched; a bytearray of 1 GiB would be filled with zeros first.
         self.data = memoryview(mmap(-1, npages << 12, flags=MAP_PRIVATE | MAP_ANONYMOUS) if npages else b"")
         self.words: memoryview[int] = self.data.cast("Q")
@@ -60,3 +63,24 @@ class UserMemory:
         """Give the contents back to the host."""
         self.mapped = False
         self.words = self.dwords = self.data = memoryview(b"")
+
+
+class FrameCopy(UserMemory):
+    """One page as its old frame has it while the host has copied it to a new one, and KVM does not know (bug A13).
+
+    Translations from before lead here. They see nothing that is stored to the page now. Their own stores are not lost:
+    where the host really copies pages it has made them read-only, so that there are none.
+    """
+
+    __slots__ = ("_memory", "_offset")
+
+    def __init__(self, memory: UserMemory, page: int) -> None:
+        super().__init__(page, 1, memory.gfn(page))
+        self._memory = memory
+        self._offset = page - memory.base << 12
+        self.data[:] = memory.data[self._offset : self._offset + 4096]
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Store to the old frame and to the page."""
+        super().write(offset, size, value)
+        self._memory.write(self._offset + offset, size, value)

@@ -16,6 +16,8 @@ from shadowmmu.cpu.x86 import (
 )
 from shadowmmu.kvm.constants import INVALID_PAGE, REQUEST_NAMES, VcpuMode
 from shadowmmu.kvm.gpte import FORMAT_64, GuestFormat, ReservedBits
+from shadowmmu.kvm.store_buffer import StoreBuffer
+from shadowmmu.protocol.messages import MemoryModel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,9 +40,10 @@ class Mmu:
 
     `root_hpa` is the address of the root shadow page, INVALID_PAGE without a root; with PAE shadow tables the roots
     are the four `pae_root` entries, and root_hpa only says that they are loaded. `valid_gpte_test`: a guest entry of
-    level 1 may be mapped without a walk exactly if `gpte & valid_gpte_test == P | A`. `loading_roots` are the pages
-    that a root load at work has counted and not put in place yet. `translate_gpa`: how the addresses that the guest's
-    tables give become the machine's; None if they are these (always, but for the guest of a guest).
+    level 1 may be mapped without a walk exactly if `gpte & valid_gpte_test == valid_gpte`, which is P | A.
+    `loading_roots` are the pages that a root load at work has counted and not put in place yet. `translate_gpa`: how
+    the addresses that the guest's tables give become the machine's; None if they are these (always, but for the guest
+    of a guest).
     """
 
     __slots__ = (
@@ -57,6 +60,7 @@ class Mmu:
         "rsvd_bits_mask",
         "shadow_root_level",
         "translate_gpa",
+        "valid_gpte",
         "valid_gpte_test",
     )
 
@@ -73,7 +77,7 @@ class Mmu:
         self.rsvd_bits_mask: ReservedBits = ([0] * 4, [0] * 4)
         self.large_levels = 0
         self.loading_roots: list[ShadowPage] = []
-        self.valid_gpte_test = PT_PRESENT_MASK | PT_ACCESSED_MASK
+        self.valid_gpte = self.valid_gpte_test = PT_PRESENT_MASK | PT_ACCESSED_MASK
         self.translate_gpa: TranslateGpa | None = None
 
 
@@ -126,10 +130,13 @@ class Vcpu(PagingUnit):
 
     `requests` are KVM_REQ_* bits. `exception` is the page fault queued for injection: (error code, cr2), or None.
     `last_pte_updated` is the address of the shadow entry that was last set speculatively, 0 for none.
-    `mmio_generation`: of the memory slots, when the MMIO cache was last filled.
+    `mmio_generation`: of the memory slots, when the MMIO cache was last filled. `store_buffer` has the stores of the
+    vCPU's host thread that others do not see yet; None with memory model sc. `cpu`: the physical processor on which it
+    was loaded last; `next_cpu`: on which it will be.
     """
 
     __slots__ = (
+        "cpu",
         "cr2",
         "exception",
         "last_pt_write_count",
@@ -141,13 +148,16 @@ class Vcpu(PagingUnit):
         "mmio_gfn",
         "mmio_gva",
         "mode",
+        "next_cpu",
         "requests",
+        "store_buffer",
     )
 
     def __init__(self, kvm: Kvm, vcpu_id: int, context: MmuContext) -> None:
         super().__init__(kvm, vcpu_id, context)
         self.mode = VcpuMode.OUTSIDE_GUEST_MODE
         self.requests = 0
+        self.cpu = self.next_cpu = vcpu_id
         self.cr2 = 0
         self.exception: tuple[int, int] | None = None
         self.last_pt_write_gfn = 0
@@ -158,6 +168,8 @@ class Vcpu(PagingUnit):
         self.mmio_gfn = 0
         self.mmio_access = 0
         self.mmio_generation = 0
+        tso = kvm.config.memory_model is MemoryModel.TSO
+        self.store_buffer: StoreBuffer | None = StoreBuffer(self) if tso else None
 
     def request_names(self) -> list[str]:
         """The pending requests by name."""

@@ -24,8 +24,8 @@ from shadowmmu.kvm.spte import SHADOW_TRAP_NONPRESENT_PTE, SpteFormat, ept_forma
 from shadowmmu.kvm.stats import KvmStat, NotrapStat
 from shadowmmu.kvm.user_memory import UserMemory
 from shadowmmu.kvm.vcpu import Vcpu
-from shadowmmu.protocol.events import Event
-from shadowmmu.protocol.messages import Tdp
+from shadowmmu.protocol.events import Event, SlotsPublished
+from shadowmmu.protocol.messages import MemoryModel, Tdp
 
 __all__ = ["Kvm", "KvmConfig"]
 
@@ -36,7 +36,8 @@ class KvmConfig(msgspec.Struct, frozen=True):
     `n_max_mmu_pages` limits the shadow pages in use. `host_phys_bits` (40 to 51) is where the bits begin that mark
     MMIO shadow entries; `guest_maxphyaddr` (32 to 51) where the guest's reserved address bits begin. `tdp`: the format
     of two-dimensional paging, None for shadow paging. `bypass_guest_pf`: the module parameter of that name, in a tree
-    that has it.
+    that has it. `memory_model`: of the host's processors. `tlbs_dirty_bits` (2 to 32): the width of the int through
+    which notifiers look at tlbs_dirty (bug A11).
     """
 
     memslots: tuple[MemorySlot, ...]
@@ -46,6 +47,8 @@ class KvmConfig(msgspec.Struct, frozen=True):
     profile: Profile = Profile.parse("linux-3.1")
     tdp: Tdp | None = None
     bypass_guest_pf: bool = False
+    memory_model: MemoryModel = MemoryModel.SC
+    tlbs_dirty_bits: int = 32
 
     def check(self) -> None:
         """Raises ConfigError if a machine cannot be made from this."""
@@ -58,6 +61,8 @@ class KvmConfig(msgspec.Struct, frozen=True):
             raise ConfigError(f"host_phys_bits is {self.host_phys_bits}, must be 40 to 51")
         if not 32 <= self.guest_maxphyaddr <= 51:
             raise ConfigError(f"guest_maxphyaddr is {self.guest_maxphyaddr}, must be 32 to 51")
+        if not 2 <= self.tlbs_dirty_bits <= 32:
+            raise ConfigError(f"tlbs_dirty_bits is {self.tlbs_dirty_bits}, must be 2 to 32")
         if self.bypass_guest_pf and self.profile.kernel is not KernelTree.PRE_PATCH:
             raise ConfigError(f"profile {self.profile.name} has no bypass_guest_pf: only pre-patch has it")
         if self.bypass_guest_pf and self.tdp is not None:
@@ -76,6 +81,8 @@ class Kvm:
     `mmio_sptes`: frames without memory get shadow entries of their own. `shadow_trap_nonpresent_pte`: the value of
     entries that a shadow page's `spt` does not hold.
 
+    `late_unsync`: pages that are to become unsync after an entry maps their table writable (only with bug C2).
+
     `page_header` finds a shadow page by the address of its table; `mmu_page_hash` the pages of a guest frame, oldest
     first; `active_mmu_pages` holds all pages in use by address, oldest first (recycling takes the first).
     """
@@ -89,9 +96,11 @@ class Kvm:
         "active_mmu_pages",
         "bypass_guest_pf",
         "config",
+        "emulated_stores",
         "host",
         "indirect_shadow_pages",
         "invlpg_counter",
+        "late_unsync",
         "memory",
         "memslots",
         "memslots_generation",
@@ -146,7 +155,9 @@ class Kvm:
         self.n_requested_mmu_pages = config.n_max_mmu_pages
         self.indirect_shadow_pages = 0
         self.invlpg_counter = 0
+        self.late_unsync: list[ShadowPage] = []
         self.tlbs_dirty = 0
+        self.emulated_stores: set[int] = set()  # vCPUs with one that the shadow does not know of yet
         self.mmu_notifier_seq = 0
         self.mmu_notifier_count = 0
         self._next_serial = 0
@@ -203,6 +214,8 @@ class Kvm:
         self._last_slot = self._last_visible_slot = NO_SLOT
         self.memory.slots = self.memslots
         self.memslots_generation += 1
+        if self.trace is not None:
+            self.trace(SlotsPublished([(s.id, s.base_gfn, s.npages, s.invalid) for s in self.memslots]))
 
     def memslot(self, slot_id: int) -> KvmMemorySlot | None:
         """The slot with that number."""

@@ -27,7 +27,7 @@ from shadowmmu.cpu.x86 import (
 from shadowmmu.kvm.constants import ACC_ALL, ACC_EXEC_MASK, ACC_WRITE_MASK, UNMAPPED_GVA
 from shadowmmu.kvm.effects import Operation
 from shadowmmu.kvm.gpte import pse36_gfn_delta
-from shadowmmu.kvm.host import break_cow
+from shadowmmu.kvm.host import break_cow, sleeping_lookup
 from shadowmmu.kvm.pdptrs import kvm_pdptr_read
 from shadowmmu.kvm.points import Point
 from shadowmmu.protocol.events import GpteUpdate, Injected
@@ -44,14 +44,16 @@ class GuestWalker:
 
     Lists are indexed by level - 1. `fault` is the error code if the walk faulted, else None. `gfn` is the frame that
     the address maps to, `level` the level of the entry that maps it; `pt_access` the rights of all levels above it,
-    `pte_access` those with it (ACC_*). `prefetch_ptes` is filled by fetch. `nested_fault`: (address, error code) if it
-    was the translation of a guest physical address that faulted (see `nested`), else None.
+    `pte_access` those with it (ACC_*); `inherited_access` those of the levels above each. `prefetch_ptes` is filled by
+    fetch. `nested_fault`: (address, error code) if it was the translation of a guest physical address that faulted (see
+    `nested`), else None.
     """
 
     __slots__ = (
         "address",
         "fault",
         "gfn",
+        "inherited_access",
         "level",
         "nested_fault",
         "prefetch_ptes",
@@ -71,6 +73,7 @@ class GuestWalker:
         self.table_gfn = [0, 0, 0, 0]
         self.pte_gpa = [0, 0, 0, 0]
         self.ptes = [0, 0, 0, 0]
+        self.inherited_access = [ACC_ALL, ACC_ALL, ACC_ALL, ACC_ALL]
         self.pt_access = ACC_ALL
         self.pte_access = ACC_ALL
         self.prefetch_ptes: list[int] = []
@@ -122,6 +125,7 @@ def walk_addr(vcpu: PagingUnit, address: int, access: int) -> Operation[GuestWal
     translate = mmu.translate_gpa
     walker = GuestWalker(address)
     table_gfns, pte_gpas, ptes = walker.table_gfn, walker.pte_gpa, walker.ptes
+    inherited_access = walker.inherited_access
     while True:  # each turn is one walk; it starts again if an entry changes under it
         pt_access = ACC_ALL
         error = PFERR_PRESENT_MASK
@@ -155,7 +159,7 @@ def walk_addr(vcpu: PagingUnit, address: int, access: int) -> Operation[GuestWal
                 error = 0
                 break
             if host.absent:
-                host.fault_in(slot, table_gfn)
+                yield from sleeping_lookup(kvm, slot, table_gfn)
             offset = pte_gpa - (slot.base_gfn << 12)
             pte = slot.words[offset >> 3] if entry_size == 8 else slot.dwords[offset >> 2]
             if not pte & PT_PRESENT_MASK:
@@ -204,6 +208,7 @@ def walk_addr(vcpu: PagingUnit, address: int, access: int) -> Operation[GuestWal
                 return walker
             pt_access &= gpte_access(mmu, pte, False)
             level -= 1
+            inherited_access[level - 1] = pt_access
             yield Point.WALK_LEVEL
         if not lost:
             break

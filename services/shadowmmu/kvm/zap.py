@@ -15,11 +15,11 @@ from shadowmmu.kvm.constants import KVM_MIN_ALLOC_MMU_PAGES, KVM_MIN_FREE_MMU_PA
 from shadowmmu.kvm.effects import MmuLock, Operation
 from shadowmmu.kvm.errors import ConfigError
 from shadowmmu.kvm.page import ShadowPage
-from shadowmmu.kvm.pte_list import pte_list_first
+from shadowmmu.kvm.pte_list import pte_list_first, pte_list_remove
 from shadowmmu.kvm.requests import kvm_flush_remote_tlbs, kvm_reload_remote_mmus
 from shadowmmu.kvm.rmap import drop_parent_pte, drop_spte
 from shadowmmu.kvm.unsync import PagePath, kvm_unlink_unsync_page, mmu_unsync_walk
-from shadowmmu.protocol.events import ShadowPageZapped
+from shadowmmu.protocol.events import AuditFailed, ShadowPageZapped
 
 if TYPE_CHECKING:
     from shadowmmu.kvm.vm import Kvm
@@ -66,6 +66,17 @@ def mmu_page_zap_pte(kvm: Kvm, sp: ShadowPage, index: int) -> None:
         kvm.stat.lpages -= 1
 
 
+def _parent_lost(kvm: Kvm, sp: ShadowPage, sptep: int) -> None:
+    """A parent that was never linked was never unlinked either, and its page is gone (bug B26).
+
+    The kernel writes to whatever has the memory now. Here the run is told, and goes on.
+    """
+    if kvm.trace is not None:
+        text = f"{sp!r} has a parent entry in a page that is gone: the kernel writes to freed memory here"
+        kvm.trace(AuditFailed("kvm_mmu_unlink_parents", text))
+    sp.parent_ptes = pte_list_remove(sp.parent_ptes, sptep)
+
+
 def kvm_mmu_prepare_zap_page(kvm: Kvm, sp: ShadowPage, invalid_list: list[ShadowPage]) -> Operation[int]:
     """Unlink a page; returns how many pages went to `invalid_list`.
 
@@ -83,7 +94,11 @@ def kvm_mmu_prepare_zap_page(kvm: Kvm, sp: ShadowPage, invalid_list: list[Shadow
     sp.spt.clear()
     while sp.parent_ptes:
         sptep = pte_list_first(sp.parent_ptes)
-        drop_parent_pte(sp, kvm.page_header[sptep & ~0xFFF], (sptep & 0xFFF) >> 3)
+        parent = kvm.page_header.get(sptep & ~0xFFF)
+        if parent is None:
+            _parent_lost(kvm, sp, sptep)
+        else:
+            drop_parent_pte(sp, parent, (sptep & 0xFFF) >> 3)
     if not sp.invalid and not sp.direct:
         account_shadowed(kvm, sp.gfn, -1)
     if sp.unsync:

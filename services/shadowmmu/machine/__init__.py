@@ -11,11 +11,13 @@
 Relies on `shadowmmu.kvm` (host operations), `shadowmmu.cpu` (the hardware walk, vCPU cores) and `shadowmmu.protocol`.
 """
 
+from shadowmmu.machine.event_stream import EventSink
 from shadowmmu.machine.host_program import HostProgram
 from shadowmmu.machine.inprocess import InProcessResult, boot_inputs, run_in_process
 from shadowmmu.machine.journal import (
     Attached,
     GivenUp,
+    Header,
     HostAsked,
     Input,
     JournalError,
@@ -24,8 +26,10 @@ from shadowmmu.machine.journal import (
     read_journal,
 )
 from shadowmmu.machine.machine import HostDone, Machine, Output, ToVcpu
-from shadowmmu.machine.replay import JOURNAL_NAME, ReplayResult, replay, replay_records
+from shadowmmu.machine.replay import JOURNAL_NAME, Replayer, ReplayResult, replay, replay_records
 from shadowmmu.machine.runner import Runner
+from shadowmmu.machine.task import Stop, Task
+from shadowmmu.machine.vm_config import kvm_config, welcome
 
 __all__ = [
     # A machine that somebody drives.
@@ -39,6 +43,11 @@ __all__ = [
     "Output",
     "ToVcpu",
     "HostDone",
+    "Task",
+    "Stop",
+    "EventSink",
+    "welcome",
+    "kvm_config",
     # Whole runs.
     "run_in_process",
     "InProcessResult",
@@ -48,8 +57,10 @@ __all__ = [
     "replay",
     "replay_records",
     "ReplayResult",
+    "Replayer",
     "read_journal",
     "JOURNAL_NAME",
     "JournalError",
     "Record",
+    "Header",
 ]

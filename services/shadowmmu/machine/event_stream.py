@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from shadowmmu.protocol.events import Event, encode_events
 
-__all__ = ["EventListener", "EventStream"]
+__all__ = ["EventListener", "EventSink", "EventStream"]
 
 EventListener: TypeAlias = Callable[[int, list[Event], bytes], None]
 """Called with the number of the first event, the events, and their concatenated encoding."""
+
+
+class EventSink(Protocol):
+    """Where a machine's events go."""
+
+    emit: Callable[[Event], None]
 
 
 class EventStream:

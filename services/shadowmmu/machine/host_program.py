@@ -1,4 +1,4 @@
-"""What the rest of the host does to a guest: reclaim, migration, dirty logging, memory pressure, device memory.
+"""What the rest of the host does to a guest: reclaim, migration, dirty logs, memory pressure, devices, scheduling.
 
 A seeded, endless sequence of host operations. A real host takes the pages away that a guest uses least; races are
 found on those that it uses most. So most operations go to the ends of the vCPUs' partitions of guest memory, where
@@ -36,6 +36,7 @@ class HostProgram:
 
     def __init__(self, config: m.RunConfig, vcpus: int) -> None:
         self._random = random.Random(config.seed * 31 + vcpus)
+        self._vcpus = vcpus
         self._pages = config.memory_pages
         self._huge_base = huge_base(config.memory_pages)
         self._mmu_pages = config.mmu_pages
@@ -56,6 +57,7 @@ class HostProgram:
             (self._set_mmu_pages, 3),
             (self._zap_all, 1),
             (self._device_memory, 4),
+            (self._migrate, 6),
             strict=True,
         )
 
@@ -122,6 +124,11 @@ class HostProgram:
 
     def _zap_all(self) -> m.HostOperation:
         return m.ZapAll()
+
+    def _migrate(self) -> m.HostOperation:
+        """To one of as many processors as there are vCPUs, so that they come back to where they were."""
+        processor = self._random.randrange(max(2, self._vcpus))
+        return m.Migrate(self._random.randrange(self._vcpus), processor)
 
     def _device_memory(self) -> m.HostOperation:
         """The memory of a device, like a graphics card's, is mapped, moved or unmapped."""

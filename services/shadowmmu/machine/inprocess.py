@@ -191,7 +191,7 @@ def run_in_process(
         ):
             stopped = True
             break
-    digest = runner.finish()
+    digest = runner.finish(stuck=stuck)
     return InProcessResult(
         counters=run.counters() | {"records": runner.records, "events": runner.events.count},
         lock_wait_steps=dict(runner.machine.lock_wait_steps),

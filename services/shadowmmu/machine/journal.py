@@ -100,10 +100,11 @@ class Digest(msgspec.Struct, frozen=True, tag="digest"):
 
 
 class End(msgspec.Struct, frozen=True, tag="end"):
-    """The run ended in order; as Digest."""
+    """The run ended in order; as Digest. `stuck`: because nothing could go on any more, which was an event too."""
 
     events: int
     events_digest: str
+    stuck: bool = False
 
 
 Input: TypeAlias = Attached | GivenUp | VcpuSent | HostAsked

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from shadowmmu.cpu import EptMisconfig, PendingWalk, Translation, WalkFault, WalkResult
 from shadowmmu.kvm import VcpuMode
 from shadowmmu.protocol import messages
-from shadowmmu.protocol.events import AccessFlag, Bypassed, Walked
+from shadowmmu.protocol.events import AccessFlag, Bypassed, LockedRead, Walked
 from shadowmmu.protocol.messages import LockedOp, LoggedAccess
 
 if TYPE_CHECKING:
@@ -53,6 +53,11 @@ class VcpuLane:
     def runnable(self) -> bool:
         """Something of this lane can be applied now."""
         return bool(self.queue) and self.vcpu.mode is not VcpuMode.OUTSIDE_GUEST_MODE
+
+    @property
+    def pending_walk(self) -> PendingWalk | None:
+        """The hardware walk that is under way."""
+        return self._walk
 
     def begin(self, incarnation: int) -> None:
         """A worker attached, with an empty TLB."""
@@ -145,6 +150,8 @@ class VcpuLane:
         memory, page = located
         offset = page - memory.base << 12 | gva & 0xFFF
         old = memory.read(offset, size)
+        gpa = (memory.gfn(page) << 12) + (gva & 0xFFF)
+        self._machine.events.emit(LockedRead(self.number, gpa, size, old))
         match locked.op:
             case LockedOp.CMPXCHG:
                 new = operand if old == locked.expected else old

@@ -19,6 +19,7 @@ import msgspec
 
 from shadowmmu import kvm as k
 from shadowmmu.kvm import (
+    EmulatedStores,
     HostPageLock,
     Kick,
     MmuLock,
@@ -27,11 +28,12 @@ from shadowmmu.kvm import (
     PointKind,
     SlotsLock,
     Srcu,
+    StoreBuffer,
     VcpuMode,
 )
 from shadowmmu.machine.choices import Choices
 from shadowmmu.machine.coverage import Coverage, WaitPoint
-from shadowmmu.machine.event_stream import EventStream
+from shadowmmu.machine.event_stream import EventSink
 from shadowmmu.machine.journal import Attached, GivenUp, HostAsked, Input, VcpuSent
 from shadowmmu.machine.lane import VcpuLane
 from shadowmmu.machine.operations import HostResult, VcpuRun, handle_exit, host_operation
@@ -62,6 +64,9 @@ KNOWN_OUTCOMES = (
 KNOWN_EPT_OUTCOMES = ("vcpu.ept_misconfig.retry", "vcpu.ept_misconfig.mmio")
 
 
+_MEMORY_POINTS = frozenset(p for p in Point if p.kind is PointKind.MEMORY)
+
+
 class ToVcpu(msgspec.Struct, frozen=True):
     """A message to the worker of a vCPU."""
 
@@ -84,14 +89,26 @@ Output: TypeAlias = ToVcpu | HostDone
 class Machine:
     """One virtual machine.
 
-    `config` as the run's; `choices` and `events` belong to the user, who also flushes the events.
+    `config` as the run's; `choices` and `events` belong to the user, who also flushes the events. `kvm` describes
+    the virtual machine if it is another than the run's. `stepwise`: operations stop at every point, and whoever drives
+    the machine chooses what goes on next (`ready`, `advance`) instead of `step`.
     """
 
-    def __init__(self, config: m.RunConfig, choices: Choices, events: EventStream) -> None:
+    def __init__(
+        self,
+        config: m.RunConfig,
+        choices: Choices,
+        events: EventSink,
+        kvm: k.KvmConfig | None = None,
+        *,
+        stepwise: bool = False,
+    ) -> None:
         self.config = config
         self.choices = choices
         self.events = events
-        self.kvm = k.Kvm(kvm_config(config), trace=self._trace)
+        self.kvm = k.Kvm(kvm or kvm_config(config), trace=self._trace)
+        self._stepwise = stepwise
+        self._at_memory_point: Task | None = None
         self.host = self.kvm.host
         self.memory = self.kvm.memory
         self.tables = ShadowTables(self.kvm)
@@ -114,13 +131,13 @@ class Machine:
         self._srcu_waiters: list[Task] = []
         self._lock_owner: Task | None = None
         self._park_rate = config.park_rate
+        self._tso = self.kvm.config.memory_model is m.MemoryModel.TSO
         self._paced: deque[HostAsked] = deque()
         self._host_interval = round(1000 / config.host_rate) if config.host_rate > 0.0 else 0
         self._host_due = self._host_interval
         self._lpages_highest = 0
         self._progress = 0  # accesses and exits so far: the measure for paced host operations
-        if config.park_rate > 0.0:
-            self.kvm.memory_points = frozenset(p for p in Point if p.kind is PointKind.MEMORY)
+        self.kvm.memory_points = _MEMORY_POINTS if config.park_rate > 0.0 or stepwise else frozenset()
 
     def _trace(self, event: ev.Event) -> None:
         """An event of the model."""
@@ -202,7 +219,8 @@ class Machine:
     def _busy(self, lane: VcpuLane) -> bool:
         return bool(lane.queue) or lane.task is not None
 
-    def _all_tasks(self) -> list[Task]:
+    def tasks(self) -> list[Task]:
+        """The operations under way."""
         return [
             *self._ready,
             *self._parked,
@@ -224,10 +242,14 @@ class Machine:
 
     # --- steps ---------------------------------------------------------------------------------------------------
 
+    def owns_mmu_lock(self, task: Task) -> bool:
+        """Whether the operation holds mmu_lock."""
+        return task is self._lock_owner
+
     @property
     def idle(self) -> bool:
         """No host operation is under way and no lane has anything to apply."""
-        return not self._all_tasks() and not any(lane.runnable for lane in self.lanes)
+        return not self.tasks() and not any(lane.runnable for lane in self.lanes)
 
     @property
     def parked(self) -> bool:
@@ -250,21 +272,61 @@ class Machine:
             self._wake(self.steps)
         if self._paced and self._progress >= self._host_due:
             self._start_host_operations(1)
-        ready: list[Task | VcpuLane] = [lane for lane in self.lanes if lane.runnable]
-        ready += self._ready
-        if self._lock_owner is None:
-            ready += self._lock_waiters
-        if not ready:
+        ready = self.ready()
+        # Stores alone are nothing to do: they become visible when somebody goes on.
+        if not ready or isinstance(ready[0], StoreBuffer):
             if not (self._parked and resume_parked):
                 self.steps -= 1
                 return False
             ready += self._parked
-        chosen = ready[0] if len(ready) == 1 else ready[self.choices.below(len(ready))]
-        if isinstance(chosen, VcpuLane):
-            chosen.step()
-        else:
-            self._advance(chosen)
+        self.advance(ready[0] if len(ready) == 1 else ready[self.choices.below(len(ready))])
         return True
+
+    def ready(self) -> list[Task | VcpuLane | StoreBuffer]:
+        """What can go on now, without what is parked. At a memory point: that operation, and the hardware.
+
+        The hardware is vCPUs in guest mode and, with memory model tso, the store buffers that come last in the list.
+        """
+        ready: list[Task | VcpuLane | StoreBuffer] = [lane for lane in self.lanes if lane.runnable]
+        if self._at_memory_point is not None:
+            ready.append(self._at_memory_point)
+        else:
+            ready += self._ready
+            if self._lock_owner is None:
+                ready += self._lock_waiters
+        if self._tso:
+            ready += self._drainable()
+        return ready
+
+    def _drainable(self) -> list[StoreBuffer]:
+        """The store buffers whose oldest store may become visible now."""
+        buffers = (vcpu.store_buffer for vcpu in self.kvm.vcpus)
+        return [buffer for buffer in buffers if buffer is not None and buffer.drainable]
+
+    @property
+    def stepwise(self) -> bool:
+        """Operations stop at every point."""
+        return self._stepwise
+
+    @stepwise.setter
+    def stepwise(self, on: bool) -> None:
+        self._stepwise = on
+        self.kvm.memory_points = _MEMORY_POINTS if on else frozenset()
+
+    @property
+    def at_memory_point(self) -> bool:
+        """Stepwise: an operation stands at a memory point, so that only the hardware of vCPUs may act beside it."""
+        return self._at_memory_point is not None
+
+    def advance(self, what: Task | VcpuLane | StoreBuffer) -> None:
+        """One step of what is ready: an operation to where it stops next, a lane by a bit, a buffer by a store."""
+        if isinstance(what, VcpuLane):
+            what.step()
+        elif isinstance(what, StoreBuffer):
+            what.drain_oldest()
+        else:
+            self._at_memory_point = None
+            self._advance(what)
 
     def _wake(self, now: int) -> None:
         for task in [task for task in self._parked if task.wake <= now]:
@@ -332,6 +394,7 @@ class Machine:
         if not was_busy:
             self._wake_busy_waiters()
         answer, task.answer = task.answer, None
+        task.fresh = True
         send = task.operation.send
         while True:
             try:
@@ -355,7 +418,7 @@ class Machine:
             elif effect is Srcu.SYNCHRONIZE:
                 if not self._synchronize(task):
                     return
-            elif effect is HostPageLock.BUSY or effect is SlotsLock.BUSY:
+            elif isinstance(effect, HostPageLock | SlotsLock | EmulatedStores):
                 if effect is HostPageLock.BUSY:
                     self.counters["page_lock.waited"] += not was_busy
                 task.stop = Stop.BUSY
@@ -363,7 +426,7 @@ class Machine:
                 return
             elif self._reached(task, effect):
                 return
-            was_busy = False
+            was_busy = task.fresh = False
 
     def _wake_busy_waiters(self) -> None:
         """Whoever waits for another operation looks again: one has advanced that was not waiting itself."""
@@ -382,7 +445,14 @@ class Machine:
 
     def _acquire(self, task: Task) -> bool:
         self.coverage.reached[WaitPoint.MMU_LOCK] += 1
-        if self._lock_owner is None and not self.choices.chance(self._rate(WaitPoint.MMU_LOCK)):
+        if self._stepwise and self._lock_owner is None and task.fresh:
+            self._take_lock(task)  # it has stopped right before already
+            return True
+        if (
+            self._lock_owner is None
+            and not self._stepwise
+            and not self.choices.chance(self._rate(WaitPoint.MMU_LOCK))
+        ):
             self._take_lock(task)
             return True
         if self._lock_owner is not None:
@@ -395,7 +465,7 @@ class Machine:
     def _synchronize(self, task: Task) -> bool:
         """True if no operation of a vCPU is under way that would have to be waited for."""
         self.coverage.reached[WaitPoint.SRCU] += 1
-        task.readers = {other.number for other in self._all_tasks() if other.lane is not None}
+        task.readers = {other.number for other in self.tasks() if other.lane is not None}
         if not task.readers:
             return True
         self.coverage.parked[WaitPoint.SRCU] += 1
@@ -413,6 +483,13 @@ class Machine:
     def _reached(self, task: Task, point: Point) -> bool:
         """True if the operation is parked at the point."""
         self.coverage.reached[point] += 1
+        if self._stepwise:
+            self.coverage.parked[point] += 1
+            self._stop(task, point, Stop.READY)
+            self._ready.append(task)
+            if point.kind is PointKind.MEMORY:
+                self._at_memory_point = task
+            return True
         if not self.choices.chance(self._rate(point)):
             return False
         self.coverage.parked[point] += 1
@@ -431,13 +508,14 @@ class Machine:
         return rate if rate == 0.0 or self.coverage.covered(point) else max(rate, UNCOVERED_PARK_RATE)
 
     def _run_lanes(self) -> None:
-        """Some steps of the hardware of vCPUs in guest mode, and of nobody else."""
+        """Some steps of the hardware (vCPUs in guest mode, store buffers), and of nobody else."""
         for _ in range(1 + self.choices.below(8)):
-            ready = [lane for lane in self.lanes if lane.runnable]
+            ready: list[VcpuLane | StoreBuffer] = [lane for lane in self.lanes if lane.runnable]
+            if self._tso:
+                ready += self._drainable()
             if not ready:
                 return
-            lane = ready[0] if len(ready) == 1 else ready[self.choices.below(len(ready))]
-            lane.step()
+            self.advance(ready[0] if len(ready) == 1 else ready[self.choices.below(len(ready))])
 
     # --- kicks ---------------------------------------------------------------------------------------------------
 
@@ -546,6 +624,8 @@ class Machine:
                 assert task.lane is not None
                 self.coverage.outcomes[f"{task.name}.{value.outcome}"] += 1
                 task.lane.task = None
+                if task.lane.vcpu.store_buffer is not None:
+                    task.lane.vcpu.store_buffer.drain()
                 if task.incarnation == task.lane.incarnation:
                     self._enter(task.lane, value)
                 else:
@@ -595,6 +675,7 @@ class Machine:
                 completed=run.completed,
                 general_protection=run.general_protection,
                 interrupts=interrupts,
+                processor=lane.vcpu.cpu,
             ),
         )
 
@@ -618,7 +699,17 @@ class Machine:
                 "at": "ready" if task.point is None else task.point.name,
                 "holds_mmu_lock": task is self._lock_owner,
             }
-            for task in self._all_tasks()
+            for task in self.tasks()
+        ]
+
+    def waiting(self) -> list[str]:
+        """Each operation that has not returned, and where it stopped, in words."""
+        return [
+            f"operation {task.number} ({task.name}, "
+            f"{'the host' if task.vcpu < 0 else f'vCPU {task.vcpu}'}) "
+            f"at {'nothing' if task.point is None else task.point.name}"
+            + (", holding mmu_lock" if task is self._lock_owner else "")
+            for task in self.tasks()
         ]
 
     def progress_counters(self) -> dict[str, int]:

@@ -13,7 +13,7 @@ import msgspec
 from shadowmmu import kvm as k
 from shadowmmu.kvm import GuestEntry, Instruction, InstructionKind, Operation
 from shadowmmu.protocol import messages as m
-from shadowmmu.protocol.events import AccessFlag
+from shadowmmu.protocol.events import AccessFlag, DeviceStored
 
 if TYPE_CHECKING:
     from shadowmmu.kvm import Kvm, Vcpu
@@ -149,12 +149,26 @@ def _dirty_log(kvm: Kvm, slot: int) -> Operation[HostResult]:
 
 def _write_phys(kvm: Kvm, words: list[tuple[int, int]]) -> Operation[HostResult]:
     """A device writes: the frames are looked up for write, and the MMU hears nothing."""
-    for gpa, value in words:
-        slot = kvm.host.slot(gpa >> 12)
-        kvm.host.fault_in(slot, gpa >> 12)
-        yield from k.host.break_cow(kvm, slot, gpa >> 12)
-        kvm.memory.write_in(slot, gpa, 8, value)
+    stored: list[tuple[int, int]] = []  # since anybody else could act
+    try:
+        for gpa, value in words:
+            slot = kvm.host.slot(gpa >> 12)
+            kvm.host.fault_in(slot, gpa >> 12)
+            if not kvm.host.is_writable(gpa >> 12):
+                _trace_stores(kvm, stored)
+            yield from k.host.break_cow(kvm, slot, gpa >> 12)
+            kvm.memory.write_in(slot, gpa, 8, value)
+            if slot.memory.mapped:
+                stored.append(((slot.memory.base_gfn - slot.base_gfn << 12) + gpa, value))
+    finally:  # a slot may have gone
+        _trace_stores(kvm, stored)
     return HostResult()
+
+
+def _trace_stores(kvm: Kvm, stored: list[tuple[int, int]]) -> None:
+    if stored and kvm.trace is not None:
+        kvm.trace(DeviceStored(stored.copy()))
+    stored.clear()
 
 
 def _set_memory_region(kvm: Kvm, asked: m.SetMemoryRegion) -> Operation[HostResult]:
@@ -221,6 +235,8 @@ def _host_operation(kvm: Kvm, operation: m.HostOperation) -> Operation[HostResul
             return _nothing(k.kvm_mmu_change_mmu_pages(kvm, n))
         case m.ZapAll():
             return _nothing(k.kvm_mmu_zap_all(kvm))
+        case m.Migrate(vcpu, processor):
+            return _nothing(k.migrate(kvm.vcpus[vcpu], processor))
         case m.WritePhys(words):
             return _write_phys(kvm, words)
         case m.SetRegisters(vcpu, cr0, cr3, cr4, efer):

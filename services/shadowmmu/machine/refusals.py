@@ -105,7 +105,7 @@ def host_operation_refusal(kvm: Kvm, operation: m.HostOperation) -> str | None:
                 if gpa & 7 or kvm.gfn_to_memslot(gpa >> 12) is None:
                     return f"gpa {gpa:#x} is not an aligned word in a memory slot"
             return None
-        case m.SetRegisters():
+        case m.SetRegisters() | m.Migrate():
             return None if operation.vcpu < len(kvm.vcpus) else f"there is no vCPU {operation.vcpu}"
         case m.SetMemoryRegion(_, gfn, npages):
             limit = 1 << kvm.config.guest_maxphyaddr - 12

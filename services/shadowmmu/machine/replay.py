@@ -29,9 +29,9 @@ from shadowmmu.machine.journal import (
 )
 from shadowmmu.machine.machine import Machine
 from shadowmmu.machine.state_dump import dump_state
-from shadowmmu.protocol.events import RunEnded
+from shadowmmu.protocol.events import NoProgress, RunEnded
 
-__all__ = ["JOURNAL_NAME", "ReplayResult", "replay", "replay_records"]
+__all__ = ["JOURNAL_NAME", "ReplayResult", "Replayer", "replay", "replay_records"]
 
 JOURNAL_NAME = "journal"
 """The journal's file in a run's folder."""
@@ -53,8 +53,10 @@ class ReplayResult(msgspec.Struct, frozen=True):
     state: dict[str, object] | None = None
 
 
-class _Replay:
-    def __init__(self, header: Header, listeners: tuple[EventListener, ...]) -> None:
+class Replayer:
+    """A machine that consumes the records of a journal; `machine` is for reading."""
+
+    def __init__(self, header: Header, listeners: tuple[EventListener, ...] = ()) -> None:
         self.choices = RecordedChoices()
         self.events = EventStream(*listeners)
         self.machine = Machine(header.config, self.choices, self.events)
@@ -70,6 +72,8 @@ class _Replay:
             case Digest():
                 return self._compare(record.events, record.events_digest)
             case End():
+                if record.stuck:
+                    self.events.emit(NoProgress(self.machine.waiting()))
                 self.events.emit(RunEnded(number))
                 self.recorded_digest = record.events_digest
                 return self._compare(record.events, record.events_digest)
@@ -105,7 +109,7 @@ def replay_records(records: Iterable[Record], until: int | None, *listeners: Eve
     header = next(source, None)
     if not isinstance(header, Header):
         raise JournalError("record 0: a header is expected")
-    run = _Replay(header, listeners)
+    run = Replayer(header, listeners)
     number = 0
     diverged_at, divergence = None, ""
     for number, record in enumerate(source, start=1):

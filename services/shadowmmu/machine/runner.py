@@ -22,7 +22,7 @@ from shadowmmu.machine.journal import (
 )
 from shadowmmu.machine.machine import Machine, Output
 from shadowmmu.machine.version import code_version
-from shadowmmu.protocol.events import RunEnded
+from shadowmmu.protocol.events import NoProgress, RunEnded
 from shadowmmu.protocol.messages import RunConfig
 
 __all__ = ["Runner"]
@@ -85,11 +85,16 @@ class Runner:
         self.machine.outputs = []
         return outputs
 
-    def finish(self) -> str:
-        """Ends the journal and the event stream; returns the stream's digest."""
+    def finish(self, *, stuck: bool = False) -> str:
+        """Ends the journal and the event stream; returns the stream's digest.
+
+        `stuck`: the run ends because nothing can go on; the stream says so.
+        """
         self._close_steps()
+        if stuck:
+            self.events.emit(NoProgress(self.machine.waiting()))
         self.events.emit(RunEnded(self._journal.records))
         self.events.flush()
         digest = self.events.digest()
-        self._journal.append(End(self.events.count, digest))
+        self._journal.append(End(self.events.count, digest, stuck))
         return digest

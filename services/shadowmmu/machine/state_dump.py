@@ -28,6 +28,8 @@ def _vcpu(vcpu: Vcpu) -> dict[str, object]:
         "vcpu": vcpu.vcpu_id,
         "mode": vcpu.mode.name,
         "requests": vcpu.request_names(),
+        "processor": vcpu.cpu,
+        "buffered_stores": 0 if vcpu.store_buffer is None else len(vcpu.store_buffer),
         "cr0": f"{vcpu.cr0:#x}",
         "cr3": f"{vcpu.cr3:#x}",
         "cr4": f"{vcpu.cr4:#x}",

@@ -28,6 +28,7 @@ class Task:
 
     __slots__ = (
         "answer",
+        "fresh",
         "incarnation",
         "kick",
         "lane",
@@ -59,6 +60,7 @@ class Task:
         self.incarnation = 0 if lane is None else lane.incarnation
         self.ticket = ticket
         self.stop = Stop.READY
+        self.fresh = True  # nothing has happened since it went on
         self.answer: bool | None = None
         self.point: Point | WaitPoint | None = None
         self.mark = (0, 0)

@@ -33,6 +33,7 @@ def kvm_config(config: RunConfig) -> KvmConfig:
         profile=Profile.parse(profile),
         tdp=config.tdp,
         bypass_guest_pf=config.bypass_guest_pf,
+        memory_model=config.memory_model,
     )
 
 

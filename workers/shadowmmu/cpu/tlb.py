@@ -9,6 +9,7 @@ and translations that are not present are never held. Relies on the access flags
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Final, NamedTuple
 
 from shadowmmu.protocol.events import AccessFlag
@@ -147,6 +148,11 @@ class Tlb:
         self._bank = bank
         self.small = bank.small.index
         self.large = bank.large.index
+
+    def held(self) -> Iterator[tuple[Tag, tuple[Mapping[int, TlbEntry], Mapping[int, TlbEntry]]]]:
+        """By tag: what is held of 4 KiB (by gva >> 12) and of 2 MiB (by gva >> 21)."""
+        for tag, bank in self._banks.items():
+            yield tag, (bank.small.index, bank.large.index)
 
     def __len__(self) -> int:
         return len(self.small) + len(self.large)

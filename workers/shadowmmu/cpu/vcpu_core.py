@@ -98,6 +98,11 @@ class VcpuCore:
         return self._state is not _State.IN_GUEST or self._wait is not _Wait.NOTHING
 
     @property
+    def in_guest(self) -> bool:
+        """In guest mode, as far as the processor knows: it has not sent an exit."""
+        return self._state is _State.IN_GUEST
+
+    @property
     def halted(self) -> bool:
         """Outside guest mode after HLT: entered again when there is an interrupt."""
         return self._state is _State.HANDLING and self._halted
@@ -188,6 +193,9 @@ class VcpuCore:
         self._kicked = False
         self.entry = message.entry
         self._counts["entries"] += 1
+        if message.processor != self.tlb.tag.processor:
+            self._counts["migrations"] += 1
+            self.tlb.select(self.tlb.tag._replace(processor=message.processor))
         self.tlb.world_switch()
         # Mutant: the flush is skipped. Everything else ignores it.
         if message.flush and self._mutant is not Mutant.ENTRY_FLUSH_SKIPPED:

@@ -1,6 +1,7 @@
 """The catalogue of fixes: every real bug that the model can have or lack, as a switch.
 
-A *bug* is an entry of the catalogue (A1 to A16: in Linux 3.1; B1 to B30: fixed before it; C: of later kernels); a *fix*
+A *bug* is an entry of the catalogue (A1 to A16: in Linux 3.1; B1 to B30: fixed before it; C: of later kernels;
+N: found here); a *fix*
 is a switch, and a bug with variants has several. `profiles` makes kernels of them; `shadowmmu bugs` lists them.
 """
 

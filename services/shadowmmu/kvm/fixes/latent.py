@@ -1,4 +1,4 @@
-"""Fixes that Linux 3.1 lacks: part A of the catalogue, in its order."""
+"""Fixes that Linux 3.1 lacks: part A of the catalogue, in its order, and N: findings of our own (docs/findings)."""
 
 from __future__ import annotations
 
@@ -30,6 +30,80 @@ LATENT_FIXES: Final[tuple[Fix, ...]] = (
         description="an upper-level shadow page that is found is synchronised before it is linked",
     ),
     Fix(
+        slug="inherited-perms",
+        bug="A3",
+        commit="b1bd5cba3306691c771d558e94baa73e8b0b96b7",
+        title="KVM: X86: MMU: Use the correct inherited permissions to get shadow page",
+        years="2007-2021",
+        status=FixStatus.LATENT,
+        rules=(1,),
+        description="a shadow page has the rights of the levels above it; without it those of levels below too",
+    ),
+    Fix(
+        slug="emulated-write-race",
+        bug="A4",
+        commit="0e0fee5c539b61fdd098332e0e2cc375d9073706",
+        title="kvm: mmu: Fix race in emulated page table writes",
+        years="2008-2018",
+        status=FixStatus.LATENT,
+        rules=(1,),
+        description="after an emulated store to a table the guest entry is read again under mmu_lock; without it the "
+        "stored bytes are used",
+    ),
+    Fix(
+        slug="pte-write-fastexit-barrier",
+        bug="A5",
+        commit="226d9b8f16883ca412ef8efbad6f3594587a8dab",
+        title="KVM: x86/mmu: Fix a largely theoretical race in kvm_mmu_track_write()",
+        years="2011-2024",
+        status=FixStatus.LATENT,
+        rules=(1,),
+        description="kvm_mmu_pte_write has a full barrier between the store to guest memory and the test that no guest "
+        "table is shadowed",
+        tso=True,
+    ),
+    Fix(
+        slug="pf-injection-no-sync",
+        bug="A6",
+        commit="ee1fa209f5e5ca5c1e76c7aa1c2aab292f371f4a",
+        title="KVM: x86: Sync SPTEs when injecting page/EPT fault into L1",
+        years="2008-2020",
+        status=FixStatus.LATENT,
+        rules=(1,),
+        description="a page fault of the guest's own drops what the shadow has for its address, as INVLPG does",
+    ),
+    Fix(
+        slug="sync-wrong-role",
+        bug="A7",
+        commit="ddc16abbbae9cd21705323d47158fb9c334438ba",
+        title="KVM: x86/mmu: Unconditionally zap unsync SPs when creating >4k SP at GFN",
+        years="?-2021",
+        status=FixStatus.LATENT,
+        rules=(1,),
+        description="a page of another role than the vCPU's is zapped when its table becomes one of a higher level, "
+        "not synchronised",
+    ),
+    Fix(
+        slug="unexpected-gfn",
+        bug="A8",
+        commit="0cb2af2ea66ad8ff195c156ea690f11216285bdf",
+        title="KVM: x86: Fix shadow paging use-after-free due to unexpected GFN",
+        years="2010-2026",
+        status=FixStatus.LATENT,
+        rules=(1, 7),
+        description="a fault unlinks a shadow page in its way that stands for another guest frame than the walk met",
+    ),
+    Fix(
+        slug="unexpected-role",
+        bug="A9",
+        commit="81ccda30b4e83d8f5cc4fd50503c44e3a33abfeb",
+        title="KVM: x86: Fix shadow paging use-after-free due to unexpected role",
+        years="2010-2026",
+        status=FixStatus.LATENT,
+        rules=(7, 1),
+        description="a fault unlinks a shadow page in its way that has another role than the walk needs",
+    ),
+    Fix(
         slug="notifier-flush-outside-lock",
         bug="A10",
         commit="KVM: mmu_notifier: Flush TLBs before releasing mmu_lock",
@@ -38,6 +112,17 @@ LATENT_FIXES: Final[tuple[Fix, ...]] = (
         status=FixStatus.LATENT,
         rules=(4,),
         description="the notifiers flush before they release mmu_lock",
+    ),
+    Fix(
+        slug="tlbs-dirty-truncation",
+        bug="A11",
+        commit="88bf56d04bc3564542049ec4ec168a8b60d0b48c",
+        title="kvm: check tlbs_dirty directly",
+        years="2010-2020",
+        status=FixStatus.LATENT,
+        rules=(3,),
+        description="the notifiers look at all of tlbs_dirty; without it at its low bits (tlbs_dirty_bits of the "
+        "machine, 32 in the kernel)",
     ),
     Fix(
         slug="stale-mmio-cache",
@@ -50,6 +135,17 @@ LATENT_FIXES: Final[tuple[Fix, ...]] = (
         description="a vCPU's cache of the last frame without memory does not outlive a change of memory slots",
     ),
     Fix(
+        slug="change-pte-order",
+        bug="A13",
+        commit="48af0d7cb3c87fae2ff38af372821dcb0b019c9e",
+        title="mm: mmu_notifier: fix inconsistent memory between secondary MMU and host",
+        years="2009-2012",
+        status=FixStatus.LATENT,
+        rules=(9,),
+        description="change_pte is called before host threads find the new frame; without it after, and guests may see "
+        "the old one's contents till then",
+    ),
+    Fix(
         slug="gpa-base-change",
         bug="A14",
         commit="KVM: perform an invalid memslot step for gpa base change",
@@ -58,5 +154,37 @@ LATENT_FIXES: Final[tuple[Fix, ...]] = (
         status=FixStatus.LATENT,
         rules=(3, 7),
         description="a slot that moves is made invalid, and the shadow flushed, before it is at its new place",
+    ),
+    Fix(
+        slug="wp0-dirty-missed",
+        bug="A15",
+        commit="c22885050e651c2f5d2a1706cdc2eb38698db968",
+        title="KVM: MMU: fix Dirty bit missed if CR0.WP = 0",
+        years="?-2013",
+        status=FixStatus.LATENT,
+        rules=(6,),
+        description="a write with CR0.WP = 0 chooses its shadow pages by the kernel-only write access that it gets, "
+        "not by the guest's rights",
+    ),
+    Fix(
+        slug="pae-root-leak",
+        bug="A16",
+        commit="6e0918aec49a5f89ca22c60c60cb5d20d8c9af29",
+        title="KVM: x86/mmu: Check PDPTRs before allocating PAE roots",
+        years="?-2021",
+        status=FixStatus.LATENT,
+        rules=(7,),
+        description="all PDPTEs are checked before a root is taken; without it roots stay counted when a later one is "
+        "outside of memory",
+    ),
+    Fix(
+        slug="emulated-store-window",
+        bug="N1",
+        commit="none known: docs/findings/emulated-store-window.md",
+        title="none known: docs/findings/emulated-store-window.md",
+        years="2007-?",
+        status=FixStatus.LATENT,
+        rules=(1,),
+        description="an invalidation waits for emulated stores that are in memory, but not in the shadow yet",
     ),
 )

@@ -1,0 +1,69 @@
+"""What the commands that explore have in common: the progress line, and what is shown of a failure."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import typer
+
+from shadowmmu.explorer.actors import format_schedule
+
+if TYPE_CHECKING:
+    from shadowmmu.explorer.campaign import SearchReport
+    from shadowmmu.explorer.search import Budget, Found, Search
+
+__all__ = ["SearchProgress", "show_found"]
+
+
+class SearchProgress:
+    """A progress line on stderr, where that is a terminal; a context manager, called now and then by the search.
+
+    `interrupted`: somebody pressed Ctrl-C, which ends the search but not the command.
+    """
+
+    def __init__(self, budget: Budget) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self.interrupted = False
+        self._budget = budget
+        self._progress = Progress(
+            BarColumn(bar_width=20),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            transient=True,
+            disable=not sys.stderr.isatty(),
+        )
+        self._task = self._progress.add_task("setting up", total=budget.executions or budget.seconds)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, search: Search) -> bool:
+        if search.executions % 16 == 0:
+            done = search.executions if self._budget.executions else search.seconds
+            bad = sum(search.failures.values())
+            self._progress.update(
+                self._task, completed=done, description=f"{search.executions} executions, {bad} bad"
+            )
+        return not self.interrupted
+
+
+def show_found(report: SearchReport, found: Found, out: Path | None) -> None:
+    """A failure: what it is, how it was found, and its shortest reproduction."""
+    typer.echo(f"Verdict: {found.failure.kind}")
+    typer.echo(f"    {found.failure.text}")
+    typer.echo(
+        f"    found by {found.strategy.value} in execution {found.execution}, after {found.seconds:.2f} s: "
+        f"{format_schedule(found.schedule)}"
+    )

@@ -1,0 +1,107 @@
+"""Every bug of the catalogue looked for with its own litmus test: found without its fix, and not found with all fixes.
+
+A bug whose absence is equivalent, or of which no observable is known, must not be found; the search that was spent on
+it is reported.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+
+import msgspec
+
+from shadowmmu.explorer.library import bug_test
+from shadowmmu.explorer.scenario import Scenario
+from shadowmmu.explorer.search import Budget, Found, Search
+from shadowmmu.explorer.sources import Strategy
+from shadowmmu.kvm import FIXES, Finding, FixStatus
+
+__all__ = ["BugHunt", "BugResult", "buggy_profile", "catalogue_slugs", "look_for", "look_for_all"]
+
+
+class BugHunt(msgspec.Struct, frozen=True):
+    """What is spent on one bug: seconds until the first hit, and on showing that `fixed` has none."""
+
+    slug: str
+    seconds: float
+    fixed_seconds: float
+    seed: int = 0
+    strategy: Strategy = Strategy.PORTFOLIO
+
+
+class BugResult(msgspec.Struct, frozen=True):
+    """What came of it.
+
+    `found` is the first failure without the fix, `fixed_found` the one with all fixes (there must be none);
+    `executions` and `seconds` are those up to the hit, or all that were spent. `missing`: there is no litmus test.
+    """
+
+    slug: str
+    found: Found | None
+    executions: int
+    seconds: float
+    complete: bool
+    fixed_found: Found | None
+    fixed_executions: int
+    missing: bool = False
+
+    @property
+    def expected(self) -> Finding:
+        """What the catalogue says."""
+        return FIXES[self.slug].finding
+
+    @property
+    def as_expected(self) -> bool:
+        """Found if it is to be found, and only then; nothing with all fixes."""
+        if self.missing:
+            return False
+        return (self.found is not None) is (self.expected is Finding.FOUND) and self.fixed_found is None
+
+
+def catalogue_slugs() -> list[str]:
+    """The fixes whose bugs are looked for."""
+    return [slug for slug, fix in FIXES.items() if fix.status is not FixStatus.ALTERNATIVE]
+
+
+def buggy_profile(slug: str) -> str:
+    """All fixes but that one."""
+    return f"fixed-{slug}"
+
+
+def look_for(hunt: BugHunt, clock: Callable[[], float] = time.monotonic) -> BugResult:
+    """Looks for one bug with its litmus test."""
+    scenario = bug_test(hunt.slug)
+    if scenario is None:
+        return BugResult(hunt.slug, None, 0, 0.0, False, None, 0, missing=True)
+    search = Search(scenario, buggy_profile(hunt.slug), hunt.strategy, hunt.seed, clock)
+    search.run(Budget(seconds=hunt.seconds, first=True))
+    found = search.first
+    fixed = _fixed(scenario, hunt, search, clock)
+    return BugResult(
+        hunt.slug,
+        found,
+        search.executions if found is None else found.execution,
+        search.seconds if found is None else found.seconds,
+        search.complete,
+        fixed.first,
+        fixed.executions,
+    )
+
+
+def _fixed(scenario: Scenario, hunt: BugHunt, search: Search, clock: Callable[[], float]) -> Search:
+    fixed = Search(scenario, "fixed", hunt.strategy, hunt.seed, clock)
+    fixed.run(Budget(seconds=max(hunt.fixed_seconds, min(search.seconds, hunt.seconds)), first=True))
+    return fixed
+
+
+def look_for_all(hunts: Sequence[BugHunt], jobs: int) -> Iterator[BugResult]:
+    """Looks for several bugs in `jobs` processes; results as they come."""
+    if jobs == 1:
+        yield from map(look_for, hunts)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(look_for, hunt) for hunt in hunts]):
+            yield future.result()
