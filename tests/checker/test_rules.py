@@ -266,8 +266,14 @@ class TestChecker:
         assert checker.events == 3
 
     def test_rules_have_numbers_and_names(self) -> None:
-        assert {rule.value: rule.title for rule in Rule} == {
-            3: "host frame use after revoke",
-            4: "write-protection breach",
-            7: "broken structure",
-        }
+        assert [(rule.value, rule.title) for rule in Rule] == [
+            (1, "stale translation"),
+            (2, "unjustified fault"),
+            (3, "host frame use after revoke"),
+            (4, "write-protection breach"),
+            (5, "lost dirty page"),
+            (6, "lost accessed or dirty bit"),
+            (7, "broken structure"),
+            (8, "no progress"),
+            (9, "lost store"),
+        ]

@@ -44,19 +44,23 @@ class FrameSet:
             return False
         return bool(chunk[(pfn >> 3) & ((1 << (CHUNK_BITS - 3)) - 1)] & (1 << (pfn & 7)))
 
+    def snapshot(self) -> object:
+        """The frames, canonically."""
+        return tuple((number, bytes(chunk)) for number, chunk in sorted(self._chunks.items()) if any(chunk))
+
 
 class HostFrames:
-    """The state of rule 3."""
+    """The state of rule 3. `fine`: host frames used before and not revoked since; `accesses` looks there first."""
 
     def __init__(self, history: History) -> None:
         self._history = history
         self._revoked = FrameSet()
-        self._fine: set[int] = set()  # used before and not revoked since
+        self.fine: set[int] = set()
         self._stories: dict[int, tuple[int, FrameRevoked, str]] = {}  # by pfn: index, event, who
 
     def frame_revoked(self, event: FrameRevoked) -> None:
         self._revoked.add(event.pfn)
-        self._fine.discard(event.pfn)
+        self.fine.discard(event.pfn)
         self._stories.pop(event.pfn, None)  # so that the new one is the newest
         if len(self._stories) >= STORIES_LIMIT:
             del self._stories[next(iter(self._stories))]
@@ -67,23 +71,14 @@ class HostFrames:
         self._revoked.discard(event.pfn)
         self._stories.pop(event.pfn, None)
 
-    def accesses(self, event: Accesses) -> Violation | None:
-        fine = self._fine
-        for item in event.items:
-            if item[3] not in fine:
-                break
-        else:
-            return None
-        return self._look_closely(event)
-
-    def _look_closely(self, event: Accesses) -> Violation | None:
-        if len(self._fine) >= FINE_LIMIT:
-            self._fine.clear()
-        for number, item in enumerate(event.items):
-            pfn = item[3]
-            if pfn in self._revoked:
-                return self._violation(event, number, pfn)
-            self._fine.add(pfn)
+    def look_closely(self, event: Accesses, number: int) -> Violation | None:
+        """Item `number` reached a frame that is not in `fine`."""
+        pfn = event.items[number][3]
+        if pfn in self._revoked:
+            return self._violation(event, number, pfn)
+        if len(self.fine) >= FINE_LIMIT:
+            self.fine.clear()
+        self.fine.add(pfn)
         return None
 
     def _violation(self, event: Accesses, number: int, pfn: int) -> Violation:
@@ -105,3 +100,7 @@ class HostFrames:
             f"translation had to make vCPU {event.vcpu} leave guest mode first, and flush when it next entered",
             related=related,
         )
+
+    def snapshot(self) -> object:
+        """What future verdicts depend on, canonically."""
+        return self._revoked.snapshot()

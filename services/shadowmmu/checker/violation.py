@@ -1,7 +1,6 @@
 """What the checker finds: a rule, the event that broke it, and the earlier events that matter.
 
-The rules keep the numbers that `docs/COHERENCE.md` gives them. Three of the nine are checked so far; a rule that is
-added later gets its number here, its own module, and its place in `Checker`.
+The rules keep the numbers that `docs/COHERENCE.md` gives them.
 """
 
 from __future__ import annotations
@@ -18,9 +17,15 @@ __all__ = ["Access", "RelatedEvent", "Rule", "Violation"]
 class Rule(enum.IntEnum):
     """A coherence rule, by its number in docs/COHERENCE.md."""
 
+    STALE_TRANSLATION = 1
+    UNJUSTIFIED_FAULT = 2
     HOST_FRAME_USE_AFTER_REVOKE = 3
     WRITE_PROTECTION_BREACH = 4
+    LOST_DIRTY_PAGE = 5
+    LOST_ACCESSED_DIRTY = 6
     BROKEN_STRUCTURE = 7
+    NO_PROGRESS = 8
+    LOST_STORE = 9
 
     @property
     def title(self) -> str:
@@ -29,9 +34,15 @@ class Rule(enum.IntEnum):
 
 
 _TITLES = {
+    Rule.STALE_TRANSLATION: "stale translation",
+    Rule.UNJUSTIFIED_FAULT: "unjustified fault",
     Rule.HOST_FRAME_USE_AFTER_REVOKE: "host frame use after revoke",
     Rule.WRITE_PROTECTION_BREACH: "write-protection breach",
+    Rule.LOST_DIRTY_PAGE: "lost dirty page",
+    Rule.LOST_ACCESSED_DIRTY: "lost accessed or dirty bit",
     Rule.BROKEN_STRUCTURE: "broken structure",
+    Rule.NO_PROGRESS: "no progress",
+    Rule.LOST_STORE: "lost store",
 }
 
 

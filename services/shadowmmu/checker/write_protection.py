@@ -24,13 +24,14 @@ Direct shadow pages shadow no table and count for nothing. Memory is bounded by 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 
 from shadowmmu.checker.history import History
 from shadowmmu.checker.violation import RelatedEvent, Rule, Violation
 from shadowmmu.protocol.events import (
     Accesses,
-    AccessFlag,
     LockReleased,
     ShadowPageCreated,
     ShadowPageSynced,
@@ -39,8 +40,6 @@ from shadowmmu.protocol.events import (
 )
 
 __all__ = ["WriteProtection"]
-
-_WRITE = int(AccessFlag.WRITE)  # an IntFlag in the loop over accesses would cost ten times as much
 
 
 class _Protection(msgspec.Struct):
@@ -55,19 +54,14 @@ class _Protection(msgspec.Struct):
 
 
 class WriteProtection:
-    """The state of rule 4."""
+    """The state of rule 4. `protected`: the guest frames that no vCPU may store to now."""
 
     def __init__(self, history: History) -> None:
         self._history = history
         self._tables: dict[int, int] = {}  # valid indirect shadow pages: serial number to gfn
         self._protections: dict[int, _Protection] = {}  # by gfn, while a shadow page of it is in sync
         self._fresh: set[int] = set()  # gfns that become protected at the next release
-        self._protected: set[int] = set()  # gfns that no vCPU may store to
-
-    @property
-    def protected(self) -> frozenset[int]:
-        """The guest frames that no vCPU may store to now."""
-        return frozenset(self._protected)
+        self.protected: set[int] = set()
 
     def created(self, event: ShadowPageCreated) -> None:
         if not event.direct:
@@ -105,7 +99,7 @@ class WriteProtection:
         if not protection.in_sync:
             del self._protections[gfn]
             self._fresh.discard(gfn)
-            self._protected.discard(gfn)
+            self.protected.discard(gfn)
 
     def lock_released(self, event: LockReleased) -> None:
         if not self._fresh:
@@ -116,22 +110,12 @@ class WriteProtection:
             protection.release_index = self._history.index
             protection.release = event
             protection.who = who
-        self._protected |= self._fresh
+        self.protected |= self._fresh
         self._fresh.clear()
 
-    def accesses(self, event: Accesses) -> Violation | None:
-        protected = self._protected
-        for item in event.items:
-            if item[2] in protected and item[0] & _WRITE:
-                return self._violation(event)
-        return None
-
-    def _violation(self, event: Accesses) -> Violation:
-        number, gfn = next(
-            (number, item[2])
-            for number, item in enumerate(event.items)
-            if item[2] in self._protected and item[0] & _WRITE
-        )
+    def violation(self, event: Accesses, number: int) -> Violation:
+        """Item `number` stores to a frame in `protected`."""
+        gfn = event.items[number][2]
         protection = self._protections[gfn]
         assert protection.release is not None
         pages = ", ".join(map(str, sorted(protection.in_sync)))
@@ -150,4 +134,13 @@ class WriteProtection:
                     protection.release_index, protection.release, "mmu_lock released: protected from here on"
                 ),
             ],
+        )
+
+    def snapshot(self, rank: Callable[[int], int]) -> object:
+        """What future verdicts depend on, canonically; `rank` replaces serial numbers of shadow pages."""
+        return (
+            tuple(sorted((gfn, rank(sp)) for sp, gfn in self._tables.items())),
+            tuple((gfn, tuple(sorted(map(rank, p.in_sync)))) for gfn, p in sorted(self._protections.items())),
+            tuple(sorted(self._fresh)),
+            tuple(sorted(self.protected)),
         )
