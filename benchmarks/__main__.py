@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from benchmarks.exploration import executions_per_second
 from benchmarks.figures import Figure, print_figures
 from benchmarks.model import page_faults
 from benchmarks.service import requests_per_second
@@ -15,7 +16,7 @@ def main() -> None:
     """Runs the benchmarks asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=3, help="measurements per figure")
-    parser.add_argument("--only", choices=["model", "service", "stress"], help="only these")
+    parser.add_argument("--only", choices=["model", "exploration", "service", "stress"], help="only these")
     parser.add_argument(
         "--against", metavar="REVISION", help="the model's speed against this commit's, and no more"
     )
@@ -26,6 +27,8 @@ def main() -> None:
         return
     if arguments.only in (None, "model"):
         figures.append(page_faults(arguments.runs))
+    if arguments.only in (None, "exploration"):
+        figures += executions_per_second(arguments.runs)
     if arguments.only in (None, "service"):
         figures += requests_per_second(arguments.runs)
     if arguments.only in (None, "stress"):

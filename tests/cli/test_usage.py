@@ -15,6 +15,7 @@ COMMANDS = [
     [],
     ["stress"],
     ["replay"],
+    ["check"],
     ["conform"],
     ["serve"],
     ["serve", "mmu"],
@@ -23,6 +24,7 @@ COMMANDS = [
     ["worker", "vcpu"],
     ["worker", "host"],
     ["profiles"],
+    ["bugs"],
     ["health"],
 ]
 
@@ -33,6 +35,7 @@ CONFIGURING = [
     "SHADOWMMU_MODE",
     "SHADOWMMU_TDP",
     "SHADOWMMU_BYPASS_GUEST_PF",
+    "SHADOWMMU_MEMORY_MODEL",
 ]
 
 
@@ -147,6 +150,7 @@ def test_empty_settings_in_the_environment_are_none(
         ("SHADOWMMU_MODE", "real", "SHADOWMMU_MODE"),
         ("SHADOWMMU_TDP", "shadow", "SHADOWMMU_TDP"),
         ("SHADOWMMU_BYPASS_GUEST_PF", "1", "profile fixed has none"),
+        ("SHADOWMMU_MEMORY_MODEL", "weak", "SHADOWMMU_MEMORY_MODEL"),
     ],
 )
 def test_settings_in_the_environment_are_checked_as_options_are(

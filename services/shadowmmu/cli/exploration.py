@@ -59,11 +59,35 @@ class SearchProgress:
         return not self.interrupted
 
 
-def show_found(report: SearchReport, found: Found, out: Path | None) -> None:
-    """A failure: what it is, how it was found, and its shortest reproduction."""
+def show_found(report: SearchReport, found: Found, out: Path | None, effort: int) -> None:
+    """A failure: what it is, how it was found, and its shortest reproduction, which goes to the folder `out`.
+
+    `effort`: executions that may be spent on making it shorter.
+    """
+    from shadowmmu.explorer.diagram import draw
+    from shadowmmu.explorer.diagram_text import render_text
+    from shadowmmu.explorer.repro import REPRO_SUFFIX, make_repro, save_repro
+    from shadowmmu.explorer.shrink import shrink
+    from shadowmmu.explorer.workload import explicit
+
     typer.echo(f"Verdict: {found.failure.kind}")
     typer.echo(f"    {found.failure.text}")
     typer.echo(
-        f"    found by {found.strategy.value} in execution {found.execution}, after {found.seconds:.2f} s: "
-        f"{format_schedule(found.schedule)}"
+        f"    found by {found.strategy.value} in execution {found.execution}, after {found.seconds:.2f} s, "
+        f"{len(found.schedule)} steps"
     )
+    if not effort:
+        typer.echo(f"    {format_schedule(found.schedule)}")
+        return
+    scenario = explicit(report.scenario, report.profile, found.schedule)
+    shrunk = shrink(scenario, report.profile, found.failure, found.schedule, effort=effort)
+    typer.echo(
+        f"Shrunk to {shrunk.scenario.size} operations and {shrunk.switches} switches by {shrunk.executions} executions"
+    )
+    typer.echo(f"    {format_schedule(shrunk.schedule)}")
+    typer.echo("")
+    typer.echo(render_text(draw(shrunk.scenario, report.profile, shrunk.schedule)), nl=False)
+    if out is not None:
+        path = out / f"{report.scenario.name}{REPRO_SUFFIX}"
+        save_repro(make_repro(shrunk.scenario, report.profile, shrunk.schedule), path)
+        typer.echo(f"'shadowmmu replay {path}' executes it again, 'shadowmmu explain {path}' attributes it.")

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from shadowmmu.cli.usage import bad_value
-from shadowmmu.explorer.sources import Strategy
+from shadowmmu.cli.options import ModeOption, WorkloadOption, make_config
+from shadowmmu.cli.usage import bad_value, make_folder
+from shadowmmu.explorer.strategy import Strategy
+from shadowmmu.protocol.messages import GuestMode, Workload
 
 if TYPE_CHECKING:
     from shadowmmu.explorer.campaign import SearchReport
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["explore"]
 
+WORKLOAD_PAGES: Final = 1024
+WORKLOAD_MMU_PAGES: Final = 64
 _SEARCH: Final = "Search"
 _WORKLOAD: Final = "Random guests instead of litmus tests"
 NEVER_SHOWN: Final = 40
@@ -77,12 +81,15 @@ def explore(
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for .repro files of what was found.", metavar="DIR")
     ] = None,
+    shrink: Annotated[
+        int,
+        typer.Option("--shrink", min=0, help="Executions spent on making a failure shorter; 0: not at all."),
+    ] = 500,
     all_bugs: Annotated[
         bool, typer.Option("--all-bugs", help="Every bug of the catalogue, each by its own litmus test.")
     ] = False,
-    workload: Annotated[
-        str | None, typer.Option("--workload", help="See `stress`.", rich_help_panel=_WORKLOAD)
-    ] = None,
+    workload: WorkloadOption = None,
+    mode: ModeOption = None,
     vcpus: Annotated[
         int, typer.Option("--vcpus", min=1, max=60, help="vCPUs.", rich_help_panel=_WORKLOAD)
     ] = 3,
@@ -97,6 +104,8 @@ def explore(
 
     Prints the final states with how many executions reached each, and the verdict.
     """
+    if out is not None:
+        make_folder("--out", out)
     if all_bugs:
         if tests or workload:
             raise bad_value("--all-bugs", "takes no tests and no workload: it has its own")
@@ -104,7 +113,9 @@ def explore(
 
         raise typer.Exit(run_all_bugs(budget or 600.0, strategy, seed, jobs, out))
     if workload is not None:
-        scenarios: list[Scenario] = [_workload(workload, vcpus, ops, host_ops, seed, profile)]
+        scenarios: list[Scenario] = [
+            _workload(workload, mode, profile, vcpus=vcpus, ops=ops, host_ops=host_ops, seed=seed)
+        ]
     elif tests:
         scenarios = [_test(name) for name in tests]
     else:
@@ -124,6 +135,7 @@ def explore(
             state=state,
             coverage=coverage,
             out=out,
+            shrink=shrink,
         )
     )
 
@@ -139,32 +151,37 @@ def _test(name: str) -> Scenario:
 
 
 def _profile(text: str) -> str:
-    from shadowmmu.kvm import Profile, ProfileError
+    from shadowmmu.kvm.errors import UnknownFixError, UnknownProfileError
+    from shadowmmu.kvm.profiles import Profile
 
     try:
         Profile.parse(text)
-    except ProfileError as error:
+    except (UnknownProfileError, UnknownFixError) as error:
         raise bad_value("--profile", str(error)) from error
     return text
 
 
-def _workload(name: str, vcpus: int, ops: int, host_ops: int, seed: int, profile: str | None) -> Scenario:
+def _workload(
+    workload: Workload,
+    mode: GuestMode | None,
+    profile: str | None,
+    *,
+    vcpus: int,
+    ops: int,
+    host_ops: int,
+    seed: int,
+) -> Scenario:
     from shadowmmu.explorer.workload import workload_scenario
-    from shadowmmu.protocol.messages import RunConfig, Workload
 
-    try:
-        kind = Workload(name)
-    except ValueError as error:
-        raise bad_value(
-            "--workload", f"{name!r} is not one of {', '.join(w.value for w in Workload)}"
-        ) from error
-    config = RunConfig(
-        workload=kind,
+    config = make_config(
+        vcpus,
+        workload=workload,
+        mode=mode,
+        profile=profile or "linux-3.1",
         ops=ops,
         seed=seed,
-        profile=_profile(profile or "linux-3.1"),
-        memory_pages=1024,
-        mmu_pages=64,
+        memory_pages=WORKLOAD_PAGES,
+        mmu_pages=WORKLOAD_MMU_PAGES,
     )
     return workload_scenario(config, vcpus, host_ops)
 
@@ -182,6 +199,7 @@ def _explore(
     state: Path | None,
     coverage: bool,
     out: Path | None,
+    shrink: int,
 ) -> int:
     from shadowmmu.cli.exploration import SearchProgress
     from shadowmmu.explorer.campaign import SearchSpec, merge, run_all, run_search
@@ -222,7 +240,7 @@ def _explore(
         report = merge(
             [report for report in reports if report.scenario is scenario or report.scenario == scenario]
         )
-        status = max(status, _show(report, coverage=coverage, out=out), key=_GRAVITY.index)
+        status = max(status, _show(report, coverage=coverage, out=out, shrink=shrink), key=_GRAVITY.index)
     return 2 if interrupted and status == 0 else status
 
 
@@ -230,7 +248,7 @@ _GRAVITY: Final = (0, 2, 1)
 """Exit statuses, the one that prevails last."""
 
 
-def _show(report: SearchReport, *, coverage: bool, out: Path | None) -> int:
+def _show(report: SearchReport, *, coverage: bool, out: Path | None, shrink: int) -> int:
     """The report for people; the exit status of this search."""
     scenario = report.scenario
     typer.echo(f"Test {scenario.name}: {scenario.title}")
@@ -263,5 +281,5 @@ def _show(report: SearchReport, *, coverage: bool, out: Path | None) -> int:
         return 2 if cut_off else 0
     from shadowmmu.cli.exploration import show_found
 
-    show_found(report, first, out)
+    show_found(report, first, out, shrink)
     return 1

@@ -7,6 +7,11 @@ from __future__ import annotations
 
 import typer
 
+from shadowmmu.cli.bugs import bugs
+from shadowmmu.cli.check import check
+from shadowmmu.cli.explain import explain
+from shadowmmu.cli.explore import explore
+from shadowmmu.cli.hunt import hunt
 from shadowmmu.cli.offline import conform, health, profiles, replay
 from shadowmmu.cli.serve import serve_app, worker_app
 from shadowmmu.cli.stress import stress
@@ -22,9 +27,14 @@ app = typer.Typer(
     help="The shadow MMU of Linux 3.1's KVM as a distributed system that one can see, stress, stop and replay.",
 )
 app.command()(stress)
+app.command()(explore)
+app.command()(hunt)
 app.command()(replay)
+app.command()(explain)
+app.command()(check)
 app.command()(conform)
 app.add_typer(serve_app, name="serve")
 app.add_typer(worker_app, name="worker")
 app.command()(profiles)
+app.command()(bugs)
 app.command()(health)

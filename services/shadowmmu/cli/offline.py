@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 
 from shadowmmu.cli.loop import run_loop
+from shadowmmu.cli.reproduction import replay_file
+from shadowmmu.cli.usage import bad_value
 from shadowmmu.protocol.messages import Role
 from shadowmmu.protocol.states import Service
 
@@ -18,12 +20,25 @@ UNUSABLE_STATUS = 2
 
 
 def replay(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run's folder, with its journal.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR|FILE.repro", help="A run's folder, with its journal, or a failing execution."
+        ),
+    ],
     until: Annotated[
         int | None, typer.Option("--until", min=0, help="Stop after this journal record and dump the state.")
     ] = None,
 ) -> None:
-    """Execute a run's journal again; exit status 0 as recorded, 1 it diverged, 2 the journal cannot be used."""
+    """Execute a run's journal again; exit status 0 as recorded, 1 it diverged, 2 the journal cannot be used.
+
+    A .repro file: exit status 0 if it does not fail any more, 1 if it does, 2 if it cannot be followed.
+    """
+    if not folder.is_dir() and folder.suffix == ".repro":
+        if until is not None:
+            raise bad_value("--until", "a .repro file has no journal")
+        replay_file(folder)
+        return
     from shadowmmu import machine
     from shadowmmu.checker import Checker, Violation
     from shadowmmu.protocol.events import Event

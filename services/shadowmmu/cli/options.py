@@ -10,7 +10,7 @@ import msgspec
 import typer
 
 from shadowmmu.cli.usage import bad_value
-from shadowmmu.protocol.messages import Audit, GuestMode, Mutant, RunConfig, Tdp, Workload
+from shadowmmu.protocol.messages import Audit, GuestMode, MemoryModel, Mutant, RunConfig, Tdp, Workload
 
 __all__ = [
     "AuditOption",
@@ -21,6 +21,7 @@ __all__ = [
     "InFolder",
     "LogFormat",
     "LogFormatOption",
+    "MemoryModelOption",
     "MemoryPages",
     "MmuPages",
     "ModeOption",
@@ -81,6 +82,15 @@ BypassGuestPf = Annotated[
         "--bypass-guest-pf/--no-bypass-guest-pf",
         envvar="SHADOWMMU_BYPASS_GUEST_PF",
         help="Faults on entries that the guest has not present need no exit; profile pre-patch only, there on.",
+        rich_help_panel=_RUN,
+    ),
+]
+MemoryModelOption = Annotated[
+    MemoryModel,
+    typer.Option(
+        "--memory-model",
+        envvar="SHADOWMMU_MEMORY_MODEL",
+        help="When the host's own stores become visible: at once (sc), or after a stay in a store buffer (tso).",
         rich_help_panel=_RUN,
     ),
 ]

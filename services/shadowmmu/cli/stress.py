@@ -23,6 +23,7 @@ from shadowmmu.cli.options import (
     InFolder,
     LogFormat,
     LogFormatOption,
+    MemoryModelOption,
     MemoryPages,
     MmuPages,
     ModeOption,
@@ -36,12 +37,13 @@ from shadowmmu.cli.options import (
     WorkloadOption,
     make_config,
 )
-from shadowmmu.cli.usage import bad_value
+from shadowmmu.cli.usage import make_folder
 from shadowmmu.protocol.messages import Audit, RunConfig, Verdict
 
 __all__ = ["stress"]
 
 _DEFAULTS = RunConfig()
+VIOLATED_STATUS = 1
 
 
 def stress(
@@ -54,6 +56,7 @@ def stress(
     seed: Seed = _DEFAULTS.seed,
     profile: Profile = _DEFAULTS.profile,
     bypass_guest_pf: BypassGuestPf = None,
+    memory_model: MemoryModelOption = _DEFAULTS.memory_model,
     vpid: Vpid = _DEFAULTS.vpid,
     audit: AuditOption = Audit.SAMPLED,
     mutant: MutantOption = None,
@@ -62,6 +65,14 @@ def stress(
     park_rate: ParkRate = _DEFAULTS.park_rate,
     memory_pages: MemoryPages = _DEFAULTS.memory_pages,
     mmu_pages: MmuPages = _DEFAULTS.mmu_pages,
+    reproduce: Annotated[
+        float,
+        typer.Option(
+            "--reproduce",
+            min=0.0,
+            help="Seconds spent on a short reproduction of a violation, and its explanation.",
+        ),
+    ] = 60.0,
     in_process: Annotated[
         bool, typer.Option("--in-process", help="Everything in one process: repeatable to the digest.")
     ] = False,
@@ -86,6 +97,7 @@ def stress(
         ops=ops,
         profile=profile,
         bypass_guest_pf=bypass_guest_pf,
+        memory_model=memory_model,
         vpid=vpid,
         audit=audit,
         mutant=mutant,
@@ -105,6 +117,10 @@ def stress(
             wait_seconds=wait_seconds,
             log_format=log_format,
         )
+        if status == VIOLATED_STATUS and reproduce > 0.0 and not json:
+            from shadowmmu.cli.postmortem import show_postmortem
+
+            show_postmortem(folder.path, reproduce)
         if out is None and status != 0:
             folder.keep()
     raise typer.Exit(status)
@@ -128,10 +144,7 @@ def _run_folder(out: Path | None) -> Iterator[_Folder]:
     if out is None:
         folder = _Folder(Path(tempfile.mkdtemp(prefix="shadowmmu-")), temporary=True)
     else:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise bad_value("--out", f"{out}: {error.strerror}") from error
+        make_folder("--out", out)
         folder = _Folder(out, temporary=False)
     try:
         yield folder

@@ -9,12 +9,13 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final, cast
 
 import typer
 from typer.core import TyperGroup
 
-__all__ = ["USAGE_STATUS", "StrictGroup", "bad_value"]
+__all__ = ["USAGE_STATUS", "StrictGroup", "bad_value", "make_folder"]
 
 USAGE_STATUS: Final = 64
 """EX_USAGE of sysexits.h."""
@@ -29,6 +30,14 @@ _ClickException = cast("type[Exception]", typer.BadParameter.__mro__[2])
 def bad_value(option: str, text: str) -> typer.BadParameter:
     """The error for an option's value that a command does not like; to be raised."""
     return typer.BadParameter(text, param_hint=f"'{option}'")
+
+
+def make_folder(option: str, path: Path) -> None:
+    """Makes the folder that an option names, if it is not there; raises the option's error if that fails."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise bad_value(option, f"{path}: {error.strerror}") from error
 
 
 class StrictGroup(TyperGroup):

@@ -13,7 +13,7 @@ import msgspec
 
 from shadowmmu.explorer.scenario import Scenario
 from shadowmmu.explorer.search import Budget, Found, Search
-from shadowmmu.explorer.sources import Strategy
+from shadowmmu.explorer.strategy import Strategy
 
 __all__ = ["SearchReport", "SearchSpec", "merge", "pool", "run_all", "run_search"]
 

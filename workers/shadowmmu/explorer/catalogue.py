@@ -14,22 +14,27 @@ from multiprocessing import get_context
 import msgspec
 
 from shadowmmu.explorer.library import bug_test
-from shadowmmu.explorer.scenario import Scenario
+from shadowmmu.explorer.scenario import Expectation, Scenario
 from shadowmmu.explorer.search import Budget, Found, Search
-from shadowmmu.explorer.sources import Strategy
-from shadowmmu.kvm import FIXES, Finding, FixStatus
+from shadowmmu.explorer.shrink import Shrunk, shrink
+from shadowmmu.explorer.strategy import Strategy
+from shadowmmu.kvm import BASE_PROFILES, FIXES, Finding, FixStatus, Profile
 
 __all__ = ["BugHunt", "BugResult", "buggy_profile", "catalogue_slugs", "look_for", "look_for_all"]
 
 
 class BugHunt(msgspec.Struct, frozen=True):
-    """What is spent on one bug: seconds until the first hit, and on showing that `fixed` has none."""
+    """What is spent on one bug: seconds until the first hit, seconds on showing that `fixed` has none.
+
+    `effort`: executions that may be spent on making the failure shorter.
+    """
 
     slug: str
     seconds: float
     fixed_seconds: float
     seed: int = 0
     strategy: Strategy = Strategy.PORTFOLIO
+    effort: int = 300
 
 
 class BugResult(msgspec.Struct, frozen=True):
@@ -46,6 +51,8 @@ class BugResult(msgspec.Struct, frozen=True):
     complete: bool
     fixed_found: Found | None
     fixed_executions: int
+    shrunk: Shrunk | None = None
+    profile: str = ""
     missing: bool = False
 
     @property
@@ -66,9 +73,13 @@ def catalogue_slugs() -> list[str]:
     return [slug for slug, fix in FIXES.items() if fix.status is not FixStatus.ALTERNATIVE]
 
 
-def buggy_profile(slug: str) -> str:
-    """All fixes but that one."""
-    return f"fixed-{slug}"
+def buggy_profile(scenario: Scenario) -> str:
+    """The profile in which a test shows its bug: the first that it names itself, or all fixes but that one."""
+    for profile, expectation in scenario.expect:
+        lacks = scenario.bug not in Profile.parse(profile).fixes
+        if lacks and expectation is Expectation.SOMETIMES and profile not in BASE_PROFILES:
+            return profile
+    return f"fixed-{scenario.bug}"
 
 
 def look_for(hunt: BugHunt, clock: Callable[[], float] = time.monotonic) -> BugResult:
@@ -76,9 +87,13 @@ def look_for(hunt: BugHunt, clock: Callable[[], float] = time.monotonic) -> BugR
     scenario = bug_test(hunt.slug)
     if scenario is None:
         return BugResult(hunt.slug, None, 0, 0.0, False, None, 0, missing=True)
-    search = Search(scenario, buggy_profile(hunt.slug), hunt.strategy, hunt.seed, clock)
+    profile = buggy_profile(scenario)
+    search = Search(scenario, profile, hunt.strategy, hunt.seed, clock)
     search.run(Budget(seconds=hunt.seconds, first=True))
     found = search.first
+    shrunk = None
+    if found is not None and hunt.effort:
+        shrunk = shrink(scenario, profile, found.failure, found.schedule, effort=hunt.effort)
     fixed = _fixed(scenario, hunt, search, clock)
     return BugResult(
         hunt.slug,
@@ -88,6 +103,8 @@ def look_for(hunt: BugHunt, clock: Callable[[], float] = time.monotonic) -> BugR
         search.complete,
         fixed.first,
         fixed.executions,
+        shrunk,
+        profile,
     )
 
 

@@ -14,7 +14,7 @@ Fingerprints are the same in every process: texts go in by their checksum, never
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from enum import Enum
 from functools import cache
@@ -38,7 +38,10 @@ if TYPE_CHECKING:
 
 __all__ = ["fingerprint"]
 
-_ATOMS: Final = frozenset({int, bool, float})
+_ATOMS: Final = frozenset({bool, float})
+_SMALL_BITS: Final = 60
+_SMALL: Final = (1 << _SMALL_BITS) - 1
+"""Up to here Python's hashes of two numbers differ; that of an entry with NX is that of another with U."""
 _NONE: Final = -0x6E6F6E65
 
 
@@ -79,6 +82,7 @@ def fingerprint(world: World) -> int:
             tuple(_freeze(program.key()) for program in world.programs),
             tuple(kick is not None for kick in world.kicks),
             world.host_progress(),
+            _freeze(world.turns.key()),
             _freeze(world.checker.fingerprint()),
         )
     )
@@ -155,6 +159,7 @@ def _lane(lane: VcpuLane) -> Hashable:
     return (
         lane.incarnation != 0,
         lane.halted,
+        frozenset(lane.interrupts),
         tuple(_text(type(item).__name__) for item in lane.queue),
         _generator(lane.pending_walk),
     )
@@ -194,6 +199,7 @@ _BY_TYPE: Final[dict[type, Callable[[Any], Hashable]]] = {
     memoryview: _same,
     GeneratorType: lambda generator: _text(generator.__qualname__),
     OrderedDict: lambda d: tuple(map(_freeze, d)),
+    deque: lambda items: tuple(map(_freeze, items)),
     list: lambda items: tuple(map(_freeze, items)),
     tuple: lambda items: tuple(map(_freeze, items)),
     set: lambda items: frozenset(map(_freeze, items)),
@@ -204,6 +210,8 @@ _BY_TYPE: Final[dict[type, Callable[[Any], Hashable]]] = {
 
 def _freeze(thing: Any) -> Hashable:
     kind = type(thing)
+    if kind is int:
+        return thing if 0 <= thing <= _SMALL else (thing >> _SMALL_BITS, thing & _SMALL)
     if kind in _ATOMS:
         return thing  # type: ignore[no-any-return]
     known = _BY_TYPE.get(kind)
@@ -212,7 +220,7 @@ def _freeze(thing: Any) -> Hashable:
     if isinstance(thing, Enum):
         return _text(thing.name)
     if isinstance(thing, int):
-        return int(thing)
+        return (_text(kind.__name__), int(thing))
     if isinstance(thing, msgspec.Struct):
         return (_text(kind.__name__), *(_freeze(getattr(thing, name)) for name in thing.__struct_fields__))
     if isinstance(thing, dict | list | tuple | set):

@@ -24,6 +24,7 @@ __all__ = [
     "holds",
     "memory_words",
     "parse_condition",
+    "registers",
 ]
 
 Condition: TypeAlias = ast.expr
@@ -64,8 +65,8 @@ def parse_condition(text: str) -> Condition:
     """Reads a condition. Raises ConditionError."""
     try:
         tree = ast.parse(_REGISTER.sub(r"v\1_\2", text.strip()), mode="eval").body
-    except SyntaxError as error:
-        raise ConditionError(f"{text!r} is no condition: {error.msg}") from error
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # ast.parse's refusals
+        raise ConditionError(f"{text!r} is no condition: {error}") from error
     _check(tree, text)
     return tree
 
@@ -81,15 +82,16 @@ def _check(node: ast.expr, text: str) -> None:
             for operator in ops:
                 if type(operator) not in _COMPARE:
                     raise ConditionError(f"{text!r}: only == != < <= > >= compare")
-            for term in (left, *comparators):
-                _term_name(term, text)
+            names = [_term_name(term, text) for term in (left, *comparators)]
+            if _FAULT in names and not all(isinstance(operator, ast.Eq | ast.NotEq) for operator in ops):
+                raise ConditionError(f"{text!r}: only == and != compare with a fault")
         case _:
             raise ConditionError(f"{text!r}: {ast.unparse(node)!r} is neither a comparison nor and, or, not")
 
 
 def _term_name(node: ast.expr, text: str) -> str | int:
     match node:
-        case ast.Constant(value=int(value)):
+        case ast.Constant(value=int(value)) if not isinstance(value, bool):
             return value
         case ast.Name(id=name) if name == _FAULT or re.fullmatch(r"v\d+_r\d+", name):
             return name.replace("_", ":")
@@ -110,6 +112,15 @@ def memory_words(condition: Condition) -> set[tuple[str, int]]:
         and isinstance(node.value, ast.Name)
         and isinstance(node.slice, ast.Constant)
         and isinstance(node.slice.value, int)
+    }
+
+
+def registers(condition: Condition) -> set[str]:
+    """The registers that a condition looks at, as `v0:r1`."""
+    return {
+        node.id.replace("_", ":")
+        for node in ast.walk(condition)
+        if isinstance(node, ast.Name) and re.fullmatch(r"v\d+_r\d+", node.id, re.ASCII)
     }
 
 

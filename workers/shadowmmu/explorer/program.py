@@ -58,7 +58,9 @@ class LitmusProgram:
         self._steps: tuple[Step, ...] = ()
         self._next = 0
         self._handler = handler
-        self._interrupted: tuple[tuple[Step, ...], int] | None = None  # what the handler has interrupted, and where
+        self._interrupted: tuple[tuple[Step, ...], int] | None = (
+            None  # what the handler has interrupted, and where
+        )
         self._pending = False  # another interrupt, which arrived while the handler runs
         self._op: cpu.Op | None = None
         self.results: dict[str, int] = {}
@@ -83,6 +85,12 @@ class LitmusProgram:
         return self._next
 
     @property
+    def handling(self) -> bool:
+        """Its steps are those of the interrupt handler."""
+        self._skip_retired()
+        return self._interrupted is not None
+
+    @property
     def step(self) -> Step | None:
         """The next step."""
         self._skip_retired()
@@ -100,7 +108,9 @@ class LitmusProgram:
         """Everything that its continuation depends on, for comparison."""
         self._skip_retired()
         interrupted = -1 if self._interrupted is None else self._interrupted[1]
-        results = tuple((name, isinstance(value, FaultTaken), value) for name, value in sorted(self.results.items()))
+        results = tuple(
+            (name, isinstance(value, FaultTaken), value) for name, value in sorted(self.results.items())
+        )
         return (self._next, interrupted, self._pending, results, tuple(self._registers.values()))
 
     def _skip_retired(self) -> None:

@@ -172,9 +172,10 @@ class Scenario(msgspec.Struct, frozen=True):
     `frames` names guest frames, for people. `words`: (gpa, value) of each 8-byte word of memory that is not 0 at the
     start. `programs` has a program per vCPU, `hosts` one per host thread; `handlers`, if not empty, has per vCPU the
     steps that it takes when an interrupt arrives (see `SendIpi`). `forbidden` is a condition on the final
-    state (see `outcome`), "" for none; a violation that the checker finds is forbidden always. `expect` says by profile
-    what must come of it. `bug` is the slug of the fix whose absence it shows, "" for none. With a `workload` the
-    programs are the random guest's that it configures, and `programs` are empty.
+    state (see `outcome`), "" for none; a violation that the checker finds is forbidden always. `exists` is a condition
+    that some execution must end with, "" for none: what is legal, and to be seen. `expect` says by profile what must
+    come of it. `bug` is the slug of the fix whose absence it shows, "" for none. With a `workload` the programs are the
+    random guest's that it configures, and `programs` are empty.
     """
 
     name: str
@@ -188,6 +189,7 @@ class Scenario(msgspec.Struct, frozen=True):
     bug: str = ""
     profile: str = "linux-3.1"
     forbidden: str = ""
+    exists: str = ""
     expect: tuple[tuple[str, Expectation], ...] = ()
     frames: tuple[tuple[str, int], ...] = ()
     workload: m.RunConfig | None = None

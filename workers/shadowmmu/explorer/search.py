@@ -14,7 +14,8 @@ from shadowmmu.explorer.execution import Ending, Failure
 from shadowmmu.explorer.outcome import format_outcome
 from shadowmmu.explorer.pairs import PairCoverage
 from shadowmmu.explorer.scenario import Scenario
-from shadowmmu.explorer.sources import Source, Strategy, sources
+from shadowmmu.explorer.sources import Source, sources
+from shadowmmu.explorer.strategy import Strategy
 
 __all__ = ["Budget", "Found", "Search"]
 

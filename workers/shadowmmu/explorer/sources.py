@@ -1,17 +1,7 @@
-"""Where a search gets its executions from: one source per strategy, each of which can be stopped and gone on with.
-
-| strategy | executions |
-| --- | --- |
-| exhaustive | all, depth first, with reductions |
-| bounded | all with 0 delays, then with 1, 2, ... |
-| pct | PCT with 1 to 4 priority changes in turn |
-| random | any actor, evenly |
-| portfolio | bounded, pct and random in turn |
-"""
+"""Where a search gets its executions from: one source per strategy, each of which can be stopped and gone on with."""
 
 from __future__ import annotations
 
-import enum
 from typing import Any, Protocol
 
 from shadowmmu.explorer.choosers import Chooser, PctChooser, RandomChooser
@@ -19,23 +9,14 @@ from shadowmmu.explorer.depth_first import DepthFirst
 from shadowmmu.explorer.execution import Ending, execute
 from shadowmmu.explorer.pairs import PairCoverage
 from shadowmmu.explorer.scenario import Scenario
+from shadowmmu.explorer.strategy import Strategy
 from shadowmmu.explorer.world import World
 
-__all__ = ["Source", "Strategy", "sources"]
+__all__ = ["Source", "sources"]
 
 PCT_DEPTHS = 4
 FIRST_LENGTH = 64
 """Steps that an execution is taken to have, before one has been seen."""
-
-
-class Strategy(enum.Enum):
-    """How schedules are chosen."""
-
-    EXHAUSTIVE = "exhaustive"
-    BOUNDED = "bounded"
-    PCT = "pct"
-    RANDOM = "random"
-    PORTFOLIO = "portfolio"
 
 
 class Source(Protocol):

@@ -18,17 +18,19 @@ from typing import Final, NamedTuple, TypeAlias
 
 import msgspec
 
+from shadowmmu.checker import Rule
 from shadowmmu.explorer.actors import KIND, Actor, actor_name, number, parse_schedule
 from shadowmmu.explorer.choosers import Chooser, FollowChooser
 from shadowmmu.explorer.execution import Ending, Failure, describe
+from shadowmmu.explorer.program import LitmusProgram
 from shadowmmu.explorer.scenario import Scenario
 from shadowmmu.explorer.world import StepLimitError, World
-from shadowmmu.checker import Rule
 from shadowmmu.machine import Task
 from shadowmmu.machine.task import Stop
 from shadowmmu.protocol.events import Event
 
 __all__ = [
+    "HANDLER",
     "Divergence",
     "Followed",
     "Place",
@@ -42,22 +44,33 @@ __all__ = [
     "trail_schedule",
 ]
 
-_VCPU, _KICK, _HOST, _DRAIN = range(4)
-GUEST: Final = "guest"
-WALK: Final = "walk"
+_GUEST: Final = "guest"
+_WALK: Final = "walk"
+HANDLER: Final = 1 << 16
+"""Positions from here on are in the interrupt handler."""
 
 
 class Place(NamedTuple):
-    """Where an actor stood before a step: after `position` instructions, at `name`, for the `turn`-th time (from 0)."""
+    """Where an actor stood before a step: after `position` instructions, at `name`, for the `turn`-th time (from 0).
+
+    In an interrupt handler `position` is HANDLER more than the number of its instructions that are done.
+    """
 
     actor: Actor
     position: int
     name: str
     turn: int
 
+    @property
+    def in_handler(self) -> bool:
+        """It is a place in an interrupt handler."""
+        return self.position >= HANDLER
+
     def __str__(self) -> str:
         again = f" (time {self.turn + 1})" if self.turn else ""
-        return f"{actor_name(self.actor)} in instruction {self.position + 1} at {self.name}{again}"
+        handler = "its handler's " if self.in_handler else ""
+        where = f"in {handler}instruction {self.position % HANDLER + 1}"
+        return f"{actor_name(self.actor)} {where} at {self.name}{again}"
 
 
 Trail: TypeAlias = tuple[Place, ...]
@@ -95,11 +108,13 @@ def standing(world: World, actor: Actor) -> tuple[int, str]:
     index = number(actor)
     match actor // KIND:
         case 0:
-            position = world.programs[index].position
+            program = world.programs[index]
+            handling = isinstance(program, LitmusProgram) and program.handling
+            position = program.position + HANDLER * handling
             lane = world.machine.lanes[index]
             if isinstance(lane.task, Task):
                 return position, _stop(lane.task)
-            return position, WALK if lane.runnable else GUEST
+            return position, _WALK if lane.runnable else _GUEST
         case 2:
             task = host_task(world, index)
             return world.host_position[index], "begin" if task is None else _stop(task)
@@ -139,28 +154,44 @@ class _Recorder:
 class _Guide:
     """Chooses along a trail."""
 
-    def __init__(self, trail: Sequence[Place], then: Chooser) -> None:
+    def __init__(self, trail: Sequence[Place], then: Chooser | None) -> None:
         self._trail = trail
         self._index = {place: i for i, place in enumerate(trail)}
         self._next = 0
         self._then = then
+        self._last: Actor = -1
         self.skipped = 0
 
     def choose(self, enabled: Sequence[Actor], here: Callable[[Actor], Place]) -> Actor:
+        """The actor whose step brings the execution on along the trail."""
+        self._last = self._choose(enabled, here)
+        return self._last
+
+    def _choose(self, enabled: Sequence[Actor], here: Callable[[Actor], Place]) -> Actor:
         trail = self._trail
         while self._next < len(trail):
             goal = trail[self._next]
             if goal.actor in enabled:
                 stands = here(goal.actor)
-                if goal.actor // KIND in (_KICK, _DRAIN) or stands == goal:
+                if (
+                    stands == goal or goal.actor // KIND % 2
+                ):  # a kick or a store is the next one, whatever its number
                     self._next += 1
                     return goal.actor
-                known = self._index.get(stands)
-                if known < self._next if known is not None else stands.position <= goal.position:
-                    return goal.actor  # before the place that the trail names: on to it
+                if self._is_before(stands, goal):
+                    return goal.actor
             self.skipped += 1
             self._next += 1
-        return self._then.choose(enabled)
+        if self._then is not None:
+            return self._then.choose(enabled)
+        return self._last if self._last in enabled else enabled[0]
+
+    def _is_before(self, stands: Place, goal: Place) -> bool:
+        """Whether the actor has yet to come to its goal; a place that the trail does not have is judged by position."""
+        known = self._index.get(stands)
+        if known is not None:
+            return known < self._next
+        return stands.in_handler or stands.position <= goal.position
 
 
 def follow_trail(
@@ -175,12 +206,13 @@ def follow_trail(
     Raises ScenarioError if the set-up does not come to an end.
     """
     world = World(scenario, profile, listener)
-    guide = _Guide(trail, then or FollowChooser(()))
+    guide = _Guide(trail, then)
     recorder = _Recorder(world)
     ending = _run(world, recorder, lambda enabled: guide.choose(enabled, recorder.here))
     taken = tuple(recorder.trail)
     divergence = next(
-        (Divergence(step, a, b) for step, (a, b) in enumerate(zip(trail, taken, strict=False)) if a != b), None
+        (Divergence(step, a, b) for step, (a, b) in enumerate(zip(trail, taken, strict=False)) if a != b),
+        None,
     )
     if divergence is None and len(taken) > len(trail):
         divergence = Divergence(len(trail), None, taken[len(trail)])
@@ -217,19 +249,20 @@ def trail_schedule(trail: Iterable[Place]) -> tuple[Actor, ...]:
 
 # --- as text ---------------------------------------------------------------------------------------------------------
 
-_LINE: Final = re.compile(r"(\w+) (\d+): (.+)", re.ASCII)
+_LINE: Final = re.compile(r"(\w+) (i?)(\d+): (.+)", re.ASCII)
 _STOP: Final = re.compile(r"([^*]+)(?:\*(\d+))?")
 
 
 def format_trail(trail: Iterable[Place]) -> list[str]:
-    """A line for each stay of an actor in one instruction: `v0 2: guest walk*4 BEFORE_LOCK`."""
+    """A line for each stay of an actor in one instruction: `v0 2: guest walk*4 BEFORE_LOCK`; i2 is in a handler."""
     lines = []
     for (actor, position), stay in groupby(trail, key=lambda place: place[:2]):
         names = []
         for name, run in groupby(place.name for place in stay):
             count = len(list(run))
             names.append(name + (f"*{count}" if count > 1 else ""))
-        lines.append(f"{actor_name(actor)} {position}: {' '.join(names)}")
+        handler = "i" if position >= HANDLER else ""
+        lines.append(f"{actor_name(actor)} {handler}{position % HANDLER}: {' '.join(names)}")
     return lines
 
 
@@ -242,11 +275,12 @@ def parse_trail(lines: Iterable[str]) -> Trail:
         if match is None:
             raise ValueError(f"{line!r} is no line of a trail")
         (actor,) = parse_schedule(match[1])
-        for word in match[3].split():
+        position = int(match[3]) + HANDLER * bool(match[2])
+        for word in match[4].split():
             stop = _STOP.fullmatch(word)
             if stop is None:
                 raise ValueError(f"{word!r} is no place of a trail")
-            place = (actor, int(match[2]), stop[1])
+            place = (actor, position, stop[1])
             for _ in range(int(stop[2] or 1)):
                 trail.append(Place(*place, turns[place]))
                 turns[place] += 1

@@ -21,6 +21,7 @@ from shadowmmu.explorer.outcome import Outcome, holds, memory_words, parse_condi
 from shadowmmu.explorer.pairs import PairCoverage
 from shadowmmu.explorer.program import LitmusProgram
 from shadowmmu.explorer.scenario import HostStep, Scenario, SetupStep
+from shadowmmu.explorer.turns import Turns
 from shadowmmu.explorer.workload_program import WorkloadProgram
 from shadowmmu.kvm import Backing, KvmConfig, MemorySlot, Profile
 from shadowmmu.machine import Attached, HostAsked, HostDone, Machine, Task, ToVcpu, VcpuSent, welcome
@@ -120,7 +121,8 @@ class World:
         self._listener = listener
         self._coverage = coverage
         self.checker = Checker()
-        self.machine = Machine(config, FirstChoice(), self._tap, kvm_config(scenario, profile), stepwise=True)
+        self.turns = Turns()
+        self.machine = Machine(config, FirstChoice(), self._tap, kvm_config(scenario, profile))
         vcpus = scenario.vcpus
         workload = scenario.workload
         self.programs: list[LitmusProgram | WorkloadProgram] = [
@@ -147,6 +149,7 @@ class World:
         self._held = False
         for step in scenario.setup:
             self._set_up(step)
+        self.machine.stepwise = True  # the set-up has run without stops
         for program, steps in zip(self.programs, scenario.programs, strict=True):
             program.load(steps)
         self._hosts = list(scenario.hosts)
@@ -221,7 +224,7 @@ class World:
             for vcpu in machine.kvm.vcpus
             if vcpu.store_buffer is not None and vcpu.store_buffer.drainable
         ]
-        return found
+        return self.turns.of(found)
 
     def _vcpu_enabled(self, number: int, ready: set[int]) -> bool:
         lane = self.machine.lanes[number]
@@ -355,6 +358,7 @@ class World:
     def _look(self, actor: Actor) -> None:
         """Shows the new events to the checker and the listener."""
         events = self._tap.events
+        self.turns.look(actor, events)
         if not events:
             return
         violation = self.checker.feed_all(events)
@@ -363,6 +367,11 @@ class World:
         events.clear()
         if violation is not None and self.violation is None:
             self.violation = violation
+
+    def executed(self, actor: Actor) -> int:
+        """How many instructions a vCPU, or operations a host thread, has executed."""
+        number = actor % KIND
+        return self.programs[number].position if actor < KIND else self.host_position[number]
 
     def host_progress(self) -> tuple[object, ...]:
         """How far the host threads are, for comparison."""
@@ -395,15 +404,15 @@ class World:
         return not self.enabled() and any(not program.done for program in self.programs)
 
     def values(self) -> dict[str, int]:
-        """The programs' registers, and the words that the scenario's condition names."""
+        """The programs' registers, and the words that the scenario's conditions name."""
         values = {
             f"v{number}:{name}": value
             for number, program in enumerate(self.programs)
             for name, value in sorted(program.results.items())
         }
-        if self.scenario.forbidden:
-            frames = dict(self.scenario.frames)
-            for name, index in sorted(memory_words(parse_condition(self.scenario.forbidden))):
+        frames = dict(self.scenario.frames)
+        for text in filter(None, (self.scenario.forbidden, self.scenario.exists)):
+            for name, index in sorted(memory_words(parse_condition(text))):
                 values[f"{name}[{index}]"] = self.machine.memory.read((frames[name] << 12) + 8 * index, 8)
         return values
 

@@ -1,0 +1,200 @@
+"""Random small guests as scenarios: what `shadowmmu hunt` looks for races in.
+
+`generate(seed)` is written as a litmus test first (`draw_test`), so that everything that a person can do with a litmus
+test can be done with it: read it, change it, shrink it, keep it. It has one to three vCPUs on one small graph of
+tables, a set-up that fills TLBs and puts tables out of sync, a few idioms of guest kernels per vCPU
+(`generate_idioms`), and a few host operations. Operands are drawn so that things collide: few tables, frames and
+addresses. Nothing here knows the catalogue of bugs.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Final
+
+from shadowmmu.explorer.generate_idioms import IdiomWriter
+from shadowmmu.explorer.generate_tables import (
+    LARGE_FRAMES,
+    Entry,
+    GuestTables,
+    Shape,
+    draw_entry,
+    draw_tables,
+)
+from shadowmmu.explorer.litmus import parse_litmus
+from shadowmmu.explorer.scenario import Scenario
+
+__all__ = ["draw_test", "generate"]
+
+SHAPES: Final = (Shape("64", 4, 8), Shape("pae", 3, 8), Shape("32", 2, 4))
+SHAPE_WEIGHTS: Final = (85, 8, 7)
+LARGE_SLOT_PAGES: Final = 2048
+FIRST_FRAME: Final = 16
+DEVICE_FRAME: Final = 8192
+"""A frame in no slot."""
+
+
+def generate(seed: int) -> Scenario:
+    """The scenario of a seed: always the same."""
+    return parse_litmus(draw_test(seed), f"random-{seed}")
+
+
+def draw_test(seed: int) -> str:
+    """The litmus test of a seed."""
+    draw = random.Random(f"guest {seed}")
+    shape = draw.choices(SHAPES, SHAPE_WEIGHTS)[0]
+    vcpus = draw.choices((1, 2, 3), (20, 68, 12))[0]
+    guest = draw_tables(draw, shape, large=draw.random() < 0.45)
+    backing = draw.choice(("4k", "4k", "2m", "thp"))
+    machine = _machine(draw, guest, vcpus, backing)
+    begin = dict(guest.entries)
+    writer = IdiomWriter(draw, guest, vcpus)
+    setup = _setup(draw, guest, writer, vcpus)
+    programs: list[list[str]] = [[] for _ in range(vcpus)]
+    wanted = [draw.randint(3, 7 if vcpus > 1 else 10) for _ in range(vcpus)]
+    while any(len(program) < most for program, most in zip(programs, wanted, strict=True)):
+        vcpu = draw.choice([n for n in range(vcpus) if len(programs[n]) < wanted[n]])
+        for who, lines in writer.idiom(vcpu).items():
+            programs[who] += lines
+    hosts = _hosts(draw, guest, backing, vcpus)
+    parts = [
+        f'title = "a random guest, seed {seed}"',
+        _lines("setup", setup),
+        machine,
+        *(_table(name, begin) for name in dict.fromkeys(table for table, _ in begin)),
+        "[addresses]",
+        *(f'{address.name} = "{"/".join(map(str, address.indices))}"' for address in guest.addresses),
+        *(f"[[vcpu]]\n{_lines('program', program)}" for program in programs),
+        *(f"[[host]]\n{_lines('program', program)}" for program in hosts),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _lines(key: str, lines: Sequence[str]) -> str:
+    return "\n".join((f'{key} = """', *lines, '"""'))
+
+
+def _machine(draw: random.Random, guest: GuestTables, vcpus: int, backing: str) -> str:
+    """The machine, and the numbers of frames: apart, or side by side, where one access prefetches several."""
+    step = draw.choice((8, 8, 1))
+    names = guest.near
+    frames = FIRST_FRAME + step * len(names) + 8
+    text = [
+        "[machine]",
+        f"vcpus = {vcpus}",
+        f'mode = "{guest.shape.mode}"',
+        f"frames = {frames}",
+        *(['memory_model = "tso"'] if draw.random() < 0.06 else []),
+        *(["vpid = false"] if draw.random() < 0.05 else []),
+    ]
+    if guest.large:
+        slot = f'{{gfn = {LARGE_FRAMES}, pages = {LARGE_SLOT_PAGES}, backing = "{backing}"}}'
+        text.append(f"slots = [{slot}]")
+    text.append("[frames]")
+    text += [f"{name} = {FIRST_FRAME + step * number}" for number, name in enumerate(names)]
+    for number, name in enumerate(guest.large):
+        text.append(f"{name} = {LARGE_FRAMES + guest.shape.large_pages * number}")
+    for number, name in enumerate(guest.far):
+        # The page that an address with last index 3 or 9 has in the large page.
+        text.append(f"{name} = {LARGE_FRAMES + guest.shape.large_pages * number + (3, 9)[number]}")
+    if guest.devices:
+        text.append(f"{guest.devices[0]} = {DEVICE_FRAME}")
+    return "\n".join(text)
+
+
+def _table(name: str, entries: dict[tuple[str, int], Entry | None]) -> str:
+    lines = [
+        f'{index} = "{entry}"'
+        for (table, index), entry in entries.items()
+        if table == name and entry is not None
+    ]
+    return "\n".join((f"[tables.{name}]", *lines))
+
+
+def _setup(draw: random.Random, guest: GuestTables, writer: IdiomWriter, vcpus: int) -> list[str]:
+    """Accesses that fill TLBs, and stores that put tables out of sync."""
+    lines = []
+    for _ in range(draw.randint(1, 8)):
+        vcpu = draw.randrange(vcpus)
+        if draw.random() < 0.65:
+            steps = writer.touch()
+        else:
+            places = guest.places(1, 1) or guest.places(1, 2)
+            if not places:
+                continue
+            place = draw.choice(places)
+            old = guest.entries.get((place.table, place.number))
+            steps = writer.set_entry(
+                place, draw_entry(draw, guest, 1) if old is None or draw.random() < 0.5 else old
+            )
+        lines += [f"v{vcpu}: {step}" for step in steps]
+    return lines
+
+
+# --- the host ----------------------------------------------------------------------------------------------------
+
+
+def _hosts(draw: random.Random, guest: GuestTables, backing: str, vcpus: int) -> list[list[str]]:
+    threads = draw.choices((0, 1, 2), (35, 50, 15))[0]
+    operations = draw.randint(threads, 4) if threads else 0
+    writes = draw.random() < 0.15  # a device that stores where tables are
+    programs: list[list[str]] = [[] for _ in range(threads)]
+    for number in range(operations):
+        programs[number % threads] += _host_operation(draw, guest, backing, vcpus, writes=writes)
+    return [program for program in programs if program]
+
+
+def _host_operation(
+    draw: random.Random, guest: GuestTables, backing: str, vcpus: int, *, writes: bool
+) -> list[str]:
+    if writes and draw.random() < 0.6:
+        return [_device_store(draw, guest)]
+    small = [*guest.data, *guest.data, *guest.near]
+    if backing != "2m":
+        small += guest.far
+    frame = draw.choice(small)
+    if guest.favourite_frame and draw.random() < 0.4:
+        frame = guest.favourite_frame
+    slot = draw.randrange(2) if guest.large else 0
+    kinds = {
+        f"unmap {frame}": 6.0,
+        f"reclaim {frame}": 6.0,
+        f"unmap_range {frame} 1": 4.0,
+        f"move {frame} {draw.choice(('rw', 'ro'))}": 5.0,
+        f"age {frame}": 3.0,
+        f"reclaim_idle {frame}": 2.0,
+        f"shrink {draw.choice((1, 4))}": 3.0,
+        "zap_all": 2.0,
+        f"mmu_pages {64}": 0.5,
+        f"migrate v{draw.randrange(vcpus)} {draw.randrange(2)}": 1.0,
+        f"get_dirty_log {slot}": 2.0,
+    }
+    if draw.random() < 0.2:
+        return [f"dirty_log {slot} on", f"get_dirty_log {slot}"]
+    if guest.large and draw.random() < 0.3:
+        first = draw.choice(guest.large)
+        kinds = {
+            f"unmap_range {first} {guest.shape.large_pages}": 3.0,
+            "dirty_log 1 on": 2.0,
+            "dirty_log 1 off": 2.0,
+            "delete_slot 1": 1.0,
+            f"set_slot 1 {LARGE_FRAMES + LARGE_SLOT_PAGES} {LARGE_SLOT_PAGES}": 1.0,
+        }
+    if guest.devices and draw.random() < 0.4:
+        return [draw.choice(("set_slot 2 device 8", "delete_slot 2"))]
+    return draw.choices(list(kinds), list(kinds.values()))[:1]
+
+
+def _device_store(draw: random.Random, guest: GuestTables) -> str:
+    """A store of a device, or of user space: to an entry that addresses use, or to data."""
+    places = [place for place in guest.places(1, guest.shape.levels) if guest.shape.entry == 8]
+    if not places or draw.random() < 0.3:
+        return f"write {draw.choice(guest.data)}[{draw.randrange(4)}] = {draw.randrange(3)}"
+    place = draw.choice(places)
+    if draw.random() < 0.4:
+        place = draw.choice([upper for upper in places if upper.level == 2] or places)
+    old = guest.entries.get((place.table, place.number))
+    if old is not None and "l" in old.flags and draw.random() < 0.6:
+        return f"write {place.table}[{place.number}] = {draw.choice(guest.large)} {old.flags}"
+    return f"write {place.table}[{place.number}] = {draw_entry(draw, guest, place.level)}"

@@ -1,0 +1,269 @@
+"""One scenario of a hunt: executed some dozens of times, and its failure is traced to a cause.
+
+Plain data in and out, so that it can be done in any process: what comes out depends on what goes in alone.
+"""
+
+from __future__ import annotations
+
+import enum
+import random
+import re
+import traceback
+import zlib
+from typing import Final
+
+import msgspec
+
+from shadowmmu.checker import Rule
+from shadowmmu.explorer.actors import Actor
+from shadowmmu.explorer.attribution import attribute
+from shadowmmu.explorer.choosers import Chooser, FollowChooser, PctChooser, RandomChooser
+from shadowmmu.explorer.execution import Failure, execute
+from shadowmmu.explorer.generate import generate
+from shadowmmu.explorer.pairs import PairCoverage
+from shadowmmu.explorer.scenario import HostStep, Scenario
+from shadowmmu.explorer.shrink import ShrinkError, shrink
+from shadowmmu.explorer.trail import Trail, follow_schedule, follow_trail
+from shadowmmu.explorer.world import ScenarioError, World
+from shadowmmu.protocol import messages as m
+
+__all__ = ["Caught", "Cause", "CauseKind", "Look", "Looked", "Quarry", "Smaller", "look_at", "make_smaller"]
+
+EXECUTIONS: Final = 16
+"""Executions of a scenario that shows nothing new."""
+MOST_EXECUTIONS: Final = 64
+"""Executions of one that goes on showing new pairs of points."""
+PCT_DEPTHS: Final = 4
+RANDOM_EVERY: Final = 6
+LAST_STEPS: Final = 320
+"""Steps in which an access has faulted for ever, at most."""
+FAIR_RUNS: Final = 3
+RUNS: Final = 16
+"""Executions by which a fix shows that it prevents a failure."""
+SHRINK_EFFORT: Final = 800
+
+PAIR_BITS: Final = 1 << 13
+"""Pairs of points are remembered by this many bits; few of them share one."""
+_NUMERAL: Final = re.compile(r"\b(0x[0-9a-f]+|\d+)(th|st|nd|rd)?\b")
+
+
+class CauseKind(enum.Enum):
+    """What explains a failure."""
+
+    FIXES = "fixes"  # these fixes of the catalogue, together, prevent it
+    DEVICE_STORE = (
+        "device store"  # it takes a host that stores to the guest's tables, of which KVM is not told
+    )
+    UNKNOWN = "not attributed"
+    CRASH = "crash"  # the program itself failed
+
+
+class Cause(msgspec.Struct, frozen=True):
+    """What explains a failure; `detail` tells those apart that nothing explains."""
+
+    kind: CauseKind
+    fixes: tuple[str, ...] = ()
+    detail: str = ""
+
+
+class Look(msgspec.Struct, frozen=True):
+    """Scenario `number` of a hunt, that of `seed`, is to be executed under `profile`.
+
+    `known` has a bit for each pair of points (`pairs`) that was seen before, as a hexadecimal number; `often` are
+    unexplained causes that were met often enough, and are passed over.
+    """
+
+    number: int
+    seed: int
+    profile: str
+    known: str = "0"
+    often: tuple[Cause, ...] = ()
+
+
+class Caught(msgspec.Struct, frozen=True):
+    """A failure, the schedule and profile that show it, and its cause."""
+
+    profile: str
+    rule: Rule | None
+    text: str
+    schedule: tuple[Actor, ...]
+    cause: Cause
+
+    @property
+    def failure(self) -> Failure:
+        """The failure, without the violation's details."""
+        return Failure(self.rule, self.text)
+
+
+class Looked(msgspec.Struct, frozen=True):
+    """What came of it: how many executions there were, a bit for each pair of points seen, and the first failure."""
+
+    number: int
+    seed: int
+    executions: int
+    pairs: str
+    caught: Caught | None = None
+
+
+def look_at(look: Look) -> Looked:
+    """Executes a scenario, more often if it shows something new, until it fails."""
+    coverage = PairCoverage()
+    known = int(look.known, 16)
+    executions, wanted = 0, EXECUTIONS
+    length = 1
+    caught = None
+    try:
+        scenario = generate(look.seed)
+        while executions < wanted and caught is None:
+            ending = execute(
+                scenario, look.profile, _chooser(look.seed, executions, length), coverage=coverage
+            )
+            executions += 1
+            length = max(length, len(ending.schedule))
+            if ending.failure is not None:
+                caught = _catch(look, scenario, ending.failure, ending.schedule)
+            seen = _bits(coverage)
+            if seen & ~known:
+                known |= seen
+                wanted = min(executions + EXECUTIONS, MOST_EXECUTIONS)
+    except ScenarioError:
+        pass  # a guest that cannot even be set up shows nothing
+    except Exception:  # noqa: BLE001 - whatever fails in a process of its own has to be told
+        text = traceback.format_exc(limit=-4)
+        cause = Cause(CauseKind.CRASH, detail=text.rstrip().rpartition("\n")[2])
+        caught = Caught(look.profile, None, text, (), cause)
+    return Looked(look.number, look.seed, executions, f"{_bits(coverage):x}", caught)
+
+
+def _chooser(seed: int, execution: int, length: int) -> Chooser:
+    """Nobody interrupted first, then PCT of several depths, and now and then no priorities at all."""
+    number = seed << 16 | execution
+    if execution == 0:
+        return FollowChooser(())
+    if execution % RANDOM_EVERY == 0:
+        return RandomChooser(number)
+    return PctChooser(number, 1 + execution % PCT_DEPTHS, length)
+
+
+def _bits(coverage: PairCoverage) -> int:
+    bits = 0
+    for standing, going in coverage.pairs:
+        bits |= 1 << zlib.crc32(f"{standing} {going}".encode()) % PAIR_BITS
+    return bits
+
+
+# --- causes ----------------------------------------------------------------------------------------------------------
+
+
+def _catch(look: Look, scenario: Scenario, failure: Failure, schedule: tuple[Actor, ...]) -> Caught | None:
+    """The failure with its cause; None if it is none, or one that needs no more examples."""
+    unexplained = Cause(CauseKind.UNKNOWN, detail=_detail(scenario, look.profile, failure, schedule))
+    if unexplained in look.often or _is_starvation(scenario, look.profile, failure, schedule):
+        return None
+    trail = follow_schedule(scenario, look.profile, schedule).trail
+    if _needs_device_stores(scenario, look.profile, failure, trail):
+        cause = Cause(CauseKind.DEVICE_STORE)
+    elif _recurs(scenario, "fixed", failure, trail):
+        cause = unexplained
+    else:
+        attribution = attribute(scenario, look.profile, failure, schedule, runs=RUNS)
+        cause = Cause(CauseKind.FIXES, attribution.fixes) if attribution.attributed else unexplained
+    return Caught(look.profile, failure.rule, failure.text, schedule, cause)
+
+
+def _is_starvation(scenario: Scenario, profile: str, failure: Failure, schedule: tuple[Actor, ...]) -> bool:
+    """Whether an access faults for ever only because somebody never gets a turn: a fair scheduler lets it go on."""
+    if failure.rule is not Rule.NO_PROGRESS:
+        return False
+    begin = schedule[: max(len(schedule) - LAST_STEPS, 0)]
+    return not all(
+        failure.same_kind(execute(scenario, profile, FollowChooser(begin, RandomChooser(turn))).failure)
+        for turn in range(FAIR_RUNS)
+    )
+
+
+def _recurs(scenario: Scenario, profile: str, failure: Failure, trail: Trail) -> bool:
+    """Whether the same access, or a failure of the same kind that is no access's, is met near the trail."""
+    chance = random.Random(0)
+    for turn in range(RUNS):
+        begin = trail if turn == 0 else trail[: chance.randint(len(trail) // 2, len(trail))]
+        pct = PctChooser(turn, 1 + turn % PCT_DEPTHS, len(trail) - len(begin))
+        found = follow_trail(scenario, profile, begin, pct).ending.failure
+        if found is not None and failure.same_kind(found) and _page(found) == _page(failure):
+            return True
+    return False
+
+
+def _page(failure: Failure) -> tuple[int, int] | None:
+    """Whose access to which page was at fault."""
+    access = None if failure.violation is None else failure.violation.access
+    return None if access is None else (access.vcpu, access.gva >> 12)
+
+
+def _needs_device_stores(scenario: Scenario, profile: str, failure: Failure, trail: Trail) -> bool:
+    """Whether the failure is gone with the host's stores to guest memory: the control for what KVM is not told of."""
+    hosts = tuple(tuple(step for step in host if not _is_device_store(step)) for host in scenario.hosts)
+    if hosts == scenario.hosts:
+        return False
+    without = msgspec.structs.replace(scenario, hosts=hosts)
+    # With all fixes too: what takes a bug as well is the bug's.
+    return not _recurs(without, profile, failure, trail) and _recurs(scenario, "fixed", failure, trail)
+
+
+def _is_device_store(step: HostStep) -> bool:
+    return isinstance(step.operation, m.WritePhys)
+
+
+def _detail(scenario: Scenario, profile: str, failure: Failure, schedule: tuple[Actor, ...]) -> str:
+    """A failure in words without its numbers: whom it blames, or for a broken structure what is broken.
+
+    And where others stood meanwhile: that is where the race is.
+    """
+    violation = failure.violation
+    text = failure.text if violation is None or failure.rule is Rule.BROKEN_STRUCTURE else violation.blame
+    world = World(scenario, profile)
+    for actor in schedule:
+        world.step(actor)
+    points = {task.point.name for task in world.machine.tasks() if task.point is not None}
+    return _NUMERAL.sub("#", f"{text} (meanwhile at {', '.join(sorted(points))})" if points else text)
+
+
+# --- shrinking -------------------------------------------------------------------------------------------------------
+
+
+class Quarry(msgspec.Struct, frozen=True):
+    """A failure to be made smaller: finding `number`, in the scenario of `seed`."""
+
+    number: int
+    seed: int
+    caught: Caught
+
+
+class Smaller(msgspec.Struct, frozen=True):
+    """The smallest scenario that was found for it, and what shows the failure in it."""
+
+    number: int
+    scenario: Scenario
+    profile: str
+    schedule: tuple[Actor, ...]
+
+
+def make_smaller(quarry: Quarry) -> Smaller:
+    """Shrinks a failure, if possible under a profile that has no other bug than its cause."""
+    caught = quarry.caught
+    scenario = generate(quarry.seed)
+    profiles = [caught.profile]
+    if caught.cause.fixes:
+        profiles.insert(0, "fixed" + "".join(f"-{slug}" for slug in caught.cause.fixes))
+    elif caught.cause.kind is not CauseKind.CRASH:
+        profiles.insert(0, "fixed")
+    for profile in dict.fromkeys(profiles):
+        try:
+            shrunk = shrink(scenario, profile, caught.failure, caught.schedule, effort=SHRINK_EFFORT)
+        except (ShrinkError, ScenarioError):
+            continue
+        trail = follow_schedule(shrunk.scenario, profile, shrunk.schedule).trail
+        if caught.cause.fixes and _recurs(shrunk.scenario, "fixed", shrunk.failure, trail):
+            continue  # it has slipped to another cause
+        return Smaller(quarry.number, shrunk.scenario, profile, shrunk.schedule)
+    return Smaller(quarry.number, scenario, caught.profile, caught.schedule)
