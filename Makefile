@@ -16,12 +16,14 @@ STRESS_ARGS ?= --vcpus 4 --ops 200000 --workload mixed --seed 7
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 MUTANTS_ARGS ?=
+STUDY_ARGS ?=
+SOAK_ARGS ?=
 CONFORM_FILES ?= $(sort $(shell find tests -name '*.jsonl.gz'))
 
 # What ruff and mypy read, as far as it is there.
 SOURCES = $(wildcard protocol services workers tests benchmarks tools)
 
-.PHONY: help venv stress test check lint types imports drift bench conform coverage mutants compose constraints clean
+.PHONY: help venv stress test check lint types imports drift bench conform coverage mutants study soak bugs compose constraints clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
@@ -87,6 +89,15 @@ coverage: $(READY) ## what the recordings reach of the model, and what only test
 	$(BIN)/python -m tools.kvm_coverage
 
 # Goes on where it was stopped; works on a copy of the sources.
+study: $(READY) ## how long each strategy takes to find each bug (STUDY_ARGS); goes on where it was stopped
+	$(BIN)/python -m tools.study $(STUDY_ARGS)
+
+soak: $(READY) ## long stress runs of fixed and linux-3.1 (SOAK_ARGS); goes on where it was stopped
+	$(BIN)/python -m tools.soak $(SOAK_ARGS)
+
+bugs: $(READY) ## a page with a diagram per bug, into docs/bugs
+	$(BIN)/python -m tools.bug_pages
+
 mutants: $(READY) ## which mutants of the model the recordings and tests kill (docs/MUTATION.md, MUTANTS_ARGS)
 	$(BIN)/python -m tools.mutation $(MUTANTS_ARGS)
 
