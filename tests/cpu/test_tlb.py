@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from shadowmmu.cpu import Tag, Tlb, needed_rights
+from shadowmmu.cpu import Tag, Tlb, checked_rights, needed_rights
 from shadowmmu.protocol.events import AccessFlag
 
 F = AccessFlag
@@ -141,3 +141,12 @@ def test_a_write_needs_the_dirty_bit_in_the_cached_entry(flags: int) -> None:
     assert bool(need & F.DIRTY) == bool(need & F.MAY_WRITE) == bool(flags & F.WRITE)
     assert bool(need & F.MAY_USER) == bool(flags & F.USER)
     assert bool(need & F.MAY_FETCH) == bool(flags & F.FETCH)
+
+
+@given(st.integers(0, 31), st.booleans())
+def test_only_a_supervisor_fetch_does_not_take_a_user_translation_that_was_made_under_smep(
+    flags: int, smep: bool
+) -> None:
+    rights = ALL | (F.SMEP if smep else 0)
+    taken = rights & checked_rights[flags] == needed_rights[flags]
+    assert taken is not (smep and flags & (F.FETCH | F.USER) == F.FETCH)

@@ -169,6 +169,7 @@ def test_a_miss_ships_the_log_and_walks_and_the_access_uses_what_was_walked() ->
         (WRITE, AccessFlag.MAY_WRITE),  # D is to be set first
         (4, AccessFlag.MAY_WRITE | AccessFlag.DIRTY),
         (2, AccessFlag.MAY_WRITE | AccessFlag.DIRTY),
+        (2, RIGHTS | AccessFlag.SMEP),
     ],
 )
 def test_a_hit_without_the_rights_walks_again(flags: int, rights: int) -> None:

@@ -37,8 +37,10 @@ class FlatTables:
         return True
 
 
-def walk(tables: FlatTables, flags: int, gva: int = GVA, level: int = 4) -> Translation | WalkFault:
-    steps = hardware_walk(tables, 100 + level, gva, flags, level)
+def walk(
+    tables: FlatTables, flags: int, gva: int = GVA, level: int = 4, smep: bool = False
+) -> Translation | WalkFault:
+    steps = hardware_walk(tables, 100 + level, gva, flags, level, smep=smep)
     while True:
         try:
             next(steps)
@@ -58,7 +60,7 @@ def chain(entries: list[int], gva: int = GVA) -> FlatTables:
     return FlatTables(words)
 
 
-def naive(entries: list[int], flags: int) -> tuple[int, int] | int:
+def naive(entries: list[int], flags: int, smep: bool) -> tuple[int, int] | int:
     """(level, rights) or an error code."""
     request = (2 if flags & F.WRITE else 0) | (4 if flags & F.USER else 0) | (16 if flags & F.FETCH else 0)
     writable = user = True
@@ -73,12 +75,16 @@ def naive(entries: list[int], flags: int) -> tuple[int, int] | int:
         fetch &= not entry & NX
         if level == 1 or (level < 4 and entry & PS):
             break
+    supervisor_fetch = flags & F.FETCH and not flags & F.USER
     denied = (
-        (flags & F.WRITE and not writable) or (flags & F.USER and not user) or (flags & F.FETCH and not fetch)
+        (flags & F.WRITE and not writable)
+        or (flags & F.USER and not user)
+        or (flags & F.FETCH and not fetch)
+        or (supervisor_fetch and smep and user)
     )
     if denied:
         return request | 1
-    rights = F.MAY_WRITE * writable | F.MAY_USER * user | F.MAY_FETCH * fetch
+    rights = F.MAY_WRITE * writable | F.MAY_USER * user | F.MAY_FETCH * fetch | F.SMEP * (user and smep)
     return level, int(rights)
 
 
@@ -87,12 +93,14 @@ ENTRY = st.sets(
 ).flatmap(lambda bits: st.sampled_from([sum(bits) & ~(1 << 45) | P, sum(bits) | P, sum(bits)]))  # fmt: skip
 
 
-@given(st.lists(ENTRY, min_size=4, max_size=4), st.integers(0, 7))
-def test_translations_faults_and_bits_are_as_the_format_says(entries: list[int], flags: int) -> None:
+@given(st.lists(ENTRY, min_size=4, max_size=4), st.integers(0, 7), st.booleans())
+def test_translations_faults_and_bits_are_as_the_format_says(
+    entries: list[int], flags: int, smep: bool
+) -> None:
     tables = chain(entries)
     before = dict(tables.words)
-    expected = naive(entries, flags)
-    result = walk(tables, flags)
+    expected = naive(entries, flags, smep)
+    result = walk(tables, flags, smep=smep)
     if isinstance(expected, int):
         assert result == WalkFault(expected)
         assert tables.words == before, "a faulting walk sets nothing"
@@ -115,6 +123,16 @@ def test_translations_faults_and_bits_are_as_the_format_says(entries: list[int],
 def test_a_fetch_reports_itself_whatever_the_fault() -> None:
     assert walk(chain([0, 0, 0, 0]), int(F.FETCH)) == WalkFault(16)
     assert walk(chain([P | U] * 3 + [P | U | NX]), int(F.FETCH | F.USER)) == WalkFault(16 | 4 | 1)
+
+
+@pytest.mark.parametrize("closed", range(4))
+def test_with_smep_the_supervisor_may_not_fetch_what_every_level_opens_to_users(closed: int) -> None:
+    entries = [P | W | U] * 4
+    assert walk(chain(entries), int(F.FETCH), smep=True) == WalkFault(16 | 1)
+    assert isinstance(walk(chain(entries), int(F.FETCH | F.USER), smep=True), Translation)
+    assert isinstance(walk(chain(entries), 0, smep=True), Translation)
+    entries[closed] &= ~U
+    assert isinstance(walk(chain(entries), int(F.FETCH), smep=True), Translation)
 
 
 def test_it_yields_before_each_read_and_sees_what_others_did_in_between() -> None:

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from shadowmmu.checker import Rule
 from shadowmmu.cli.main import app
 from shadowmmu.explorer import hunt as hunting
+from shadowmmu.explorer.attribution import Attribution, Explanation
 from shadowmmu.explorer.campaign import pool
 from shadowmmu.explorer.hunt import LAG, Hunt, HuntLimit, HuntState, HuntStateError
 from shadowmmu.explorer.hunt_look import Caught, Cause, CauseKind, Look, Looked, look_at
@@ -85,7 +86,7 @@ invlpg x
 load x
 '''
 """
-"""A store to a table is in memory, and the table's shadow does not know of it yet: no fix of the catalogue prevents it."""
+"""A store to a table is in memory, and the table's shadow does not know of it yet."""
 
 HARMLESS = """
 [machine]
@@ -160,8 +161,14 @@ def test_what_takes_a_device_that_stores_to_tables_is_told_apart(monkeypatch: py
     assert caught.cause == Cause(CauseKind.DEVICE_STORE)
 
 
+def _no_fix_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = Attribution(Explanation.NOT_ATTRIBUTED, (), ())
+    monkeypatch.setattr("shadowmmu.explorer.hunt_look.attribute", lambda *_, **__: nothing)
+
+
 def test_what_no_fix_prevents_is_told_by_where_others_stood(monkeypatch: pytest.MonkeyPatch) -> None:
     _guests(monkeypatch, WINDOW)
+    _no_fix_helps(monkeypatch)
     caught = look_at(Look(0, 1, "linux-3.1")).caught
     assert caught is not None
     assert caught.cause.kind is CauseKind.UNKNOWN
@@ -170,6 +177,7 @@ def test_what_no_fix_prevents_is_told_by_where_others_stood(monkeypatch: pytest.
 
 def test_what_is_known_well_and_has_no_fix_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     _guests(monkeypatch, WINDOW)
+    _no_fix_helps(monkeypatch)
     causes: set[Cause] = set()
     while (caught := look_at(Look(0, 1, "linux-3.1", often=tuple(causes))).caught) is not None:
         assert caught.cause not in causes
@@ -217,10 +225,11 @@ def test_the_fix_of_what_is_found_often_is_switched_in_for_every_other_guest(
 ) -> None:
     profiles: list[str] = []
     cause = Cause(CauseKind.FIXES, ("pf-injection-no-sync",))
+    scenario = parse_litmus(HARMLESS, "guest")
 
     def always_found(look: Look) -> Looked:
         profiles.append(look.profile)
-        caught = Caught(look.profile, Rule.STALE_TRANSLATION, "stale", (), cause)
+        caught = Caught(scenario, look.profile, (), Rule.STALE_TRANSLATION, "stale", cause)
         return Looked(look.number, look.seed, 1, "0", caught)
 
     _guests(monkeypatch, HARMLESS)

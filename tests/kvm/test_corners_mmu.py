@@ -4,6 +4,9 @@ import pytest
 
 from shadowmmu.cpu.x86 import (
     EFER_NX,
+    PFERR_FETCH_MASK,
+    PFERR_PRESENT_MASK,
+    PFERR_USER_MASK,
     PFERR_WRITE_MASK,
     PT64_NX_MASK,
     PT_PAGE_SIZE_MASK,
@@ -53,9 +56,10 @@ from shadowmmu.kvm.role import ROLE_SMEP_ANDNOT_WP
 from shadowmmu.kvm.set_spte import set_spte
 from shadowmmu.kvm.sync import kvm_sync_page
 from shadowmmu.kvm.unsync import kvm_unsync_page
+from shadowmmu.kvm.walker import walk_addr
 from shadowmmu.protocol.events import AuditFailed
 from shadowmmu.protocol.messages import Tdp
-from tests.kvm.kit import CR0, EFER_64, PAGE, READ, TABLE, A, P, U, World, drive, gva, points
+from tests.kvm.kit import CR0, EFER_64, PAGE, READ, TABLE, A, P, U, W, World, drive, gva, points
 
 DATA = 256
 
@@ -102,6 +106,18 @@ def test_with_smep_a_kernel_write_to_a_user_page_maps_it_for_the_kernel_alone(wo
     sp = level(world, 1)
     assert sp.role & ROLE_SMEP_ANDNOT_WP
     assert sp.spt[0] & (PT_WRITABLE_MASK | PT_USER_MASK | PT64_NX_MASK) == PT_WRITABLE_MASK | PT64_NX_MASK
+
+
+@pytest.mark.parametrize("nxe", [0, EFER_NX])
+def test_with_smep_the_kernel_may_not_fetch_what_every_level_opens_to_users(world: World, nxe: int) -> None:
+    vcpu = world.vcpus[0]
+    world.set_gpte(19, 0, DATA, P | U | A)
+    fetches = [PFERR_FETCH_MASK, PFERR_FETCH_MASK | PFERR_USER_MASK]
+    for smep, denied in ((0, None), (X86_CR4_SMEP, PFERR_PRESENT_MASK | PFERR_FETCH_MASK)):
+        drive(set_regs(vcpu, CR0, world.root << 12, X86_CR4_PAE | smep, EFER_64 & ~EFER_NX | nxe))
+        assert [drive(walk_addr(vcpu, 0, fetch)).fault for fetch in fetches] == [denied, None]
+    world.set_gpte(18, 0, 19, P | W | A)
+    assert drive(walk_addr(vcpu, 0, PFERR_FETCH_MASK)).fault is None
 
 
 def test_a_context_is_not_changed_under_a_root(world: World) -> None:

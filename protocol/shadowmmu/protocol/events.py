@@ -76,6 +76,7 @@ class AccessFlag(enum.IntFlag):
     MAY_FETCH = 1 << 10
     DIRTY = 1 << 11
     LARGE = 1 << 12
+    SMEP = 1 << 13  # a user translation made under CR4.SMEP: the supervisor may not fetch through it
 
 
 class InvalidationCause(enum.IntEnum):

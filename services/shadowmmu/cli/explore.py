@@ -261,6 +261,8 @@ def _show(report: SearchReport, *, coverage: bool, out: Path | None, shrink: int
     typer.echo(f"Witnesses: {bad} bad, {ended - bad} good")
     if scenario.forbidden:
         typer.echo(f"Forbidden: {scenario.forbidden}")
+    if scenario.exists:
+        typer.echo(f"Legal, and to be seen: {scenario.exists}: {report.exists or 'never'}")
     how = f"complete, {report.pruned} of them cut short as known" if report.complete else "not all"
     typer.echo(
         f"Executions {report.executions} ({report.strategy.value}, seed {report.seed}, {how}) in {report.seconds:.1f} s"

@@ -20,6 +20,8 @@ from shadowmmu.cpu.x86 import (
     PT_PRESENT_MASK,
     PT_USER_MASK,
     PT_WRITABLE_MASK,
+    X86_CR0_PG,
+    X86_CR4_SMEP,
 )
 from shadowmmu.kvm import InstructionKind, ShadowPage, Vcpu, shadow_walk_init
 from shadowmmu.kvm.spte import VMX_EPT_EXECUTABLE_MASK
@@ -79,6 +81,7 @@ def _shadow_walk(vcpu: Vcpu, gva: int, kind: InstructionKind, user: bool) -> Fau
     Accessed bits, and for a write the dirty bit, are set if the walk succeeds.
     """
     write = kind is InstructionKind.WRITE
+    smep = not user and vcpu.cr4 & X86_CR4_SMEP and vcpu.cr0 & X86_CR0_PG
     error_code = PF_ERROR_CODE[kind] | (PFERR_USER_MASK if user else 0)
     rights = PT_WRITABLE_MASK | PT_USER_MASK
     no_execute = 0
@@ -101,7 +104,7 @@ def _shadow_walk(vcpu: Vcpu, gva: int, kind: InstructionKind, user: bool) -> Fau
         if (
             (write and not rights & PT_WRITABLE_MASK)
             or (user and not rights & PT_USER_MASK)
-            or (kind is InstructionKind.EXECUTE and no_execute)
+            or (kind is InstructionKind.EXECUTE and (no_execute or (smep and rights & PT_USER_MASK)))
         ):
             return Fault(error_code | PFERR_PRESENT_MASK)
         for table, entry in used:

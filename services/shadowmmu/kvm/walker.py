@@ -23,6 +23,7 @@ from shadowmmu.cpu.x86 import (
     PT_USER_MASK,
     PT_WRITABLE_MASK,
     X86_CR0_WP,
+    X86_CR4_SMEP,
 )
 from shadowmmu.kvm.constants import ACC_ALL, ACC_EXEC_MASK, ACC_WRITE_MASK, UNMAPPED_GVA
 from shadowmmu.kvm.effects import Operation
@@ -118,6 +119,8 @@ def walk_addr(vcpu: PagingUnit, address: int, access: int) -> Operation[GuestWal
     write = access & PFERR_WRITE_MASK
     user = access & PFERR_USER_MASK
     fetch = access & PFERR_FETCH_MASK and fmt.has_nx
+    # 3.1 means this, but looks at a variable that has no value yet.
+    smep = access & PFERR_FETCH_MASK and not user and vcpu.cr4 & X86_CR4_SMEP
     entry_size = fmt.entry_size
     level_bits = fmt.level_bits
     base_addr_mask = fmt.base_addr_mask
@@ -174,13 +177,16 @@ def walk_addr(vcpu: PagingUnit, address: int, access: int) -> Operation[GuestWal
                 denied = True
             if fetch and pte >> PT64_NX_SHIFT:
                 denied = True
+            last = level == 1 or (pte & PT_PAGE_SIZE_MASK and mmu.large_levels >> level & 1)
+            if smep and last and pt_access & pte & PT_USER_MASK:
+                denied = True
             if not pte & PT_ACCESSED_MASK and not denied:
                 if not (yield from _cmpxchg_gpte(vcpu, slot, pte_gpa, pte, pte | PT_ACCESSED_MASK)):
                     lost = True
                     break
                 pte |= PT_ACCESSED_MASK
             ptes[level - 1] = pte
-            if level == 1 or (pte & PT_PAGE_SIZE_MASK and mmu.large_levels >> level & 1):
+            if last:
                 if denied:
                     break
                 shift = 12 + level_bits * (level - 1)
@@ -213,7 +219,8 @@ def walk_addr(vcpu: PagingUnit, address: int, access: int) -> Operation[GuestWal
         if not lost:
             break
     walker.level = level
-    walker.fault = error | write | user | (PFERR_FETCH_MASK if access & PFERR_FETCH_MASK and mmu.nx else 0)
+    reports_fetch = access & PFERR_FETCH_MASK and (mmu.nx or vcpu.cr4 & X86_CR4_SMEP)
+    walker.fault = error | write | user | (PFERR_FETCH_MASK if reports_fetch else 0)
     return walker
 
 

@@ -9,7 +9,13 @@ from __future__ import annotations
 from typing import Final, TypeAlias
 
 from shadowmmu.cpu import PendingWalk, ept_walk, hardware_walk
-from shadowmmu.cpu.x86 import PT32E_ROOT_LEVEL, PT64_BASE_ADDR_MASK, PT_PRESENT_MASK
+from shadowmmu.cpu.x86 import (
+    PT32E_ROOT_LEVEL,
+    PT64_BASE_ADDR_MASK,
+    PT_PRESENT_MASK,
+    X86_CR0_PG,
+    X86_CR4_SMEP,
+)
 from shadowmmu.kvm import Kvm, ShadowPage, Vcpu
 from shadowmmu.kvm.constants import INVALID_PAGE
 from shadowmmu.kvm.roots import has_single_root
@@ -52,8 +58,10 @@ class ShadowTables:
         With two-dimensional paging `gva` is guest physical. In nested page tables (NPT) every access is a user access.
         """
         mmu = vcpu.mmu
+        # With paging off the processor pages all the same, and later kernels clear SMEP there (3.1 forgot to).
+        smep = vcpu.cr4 & X86_CR4_SMEP != 0 and vcpu.cr0 & X86_CR0_PG != 0
         if not has_single_root(vcpu):
-            return hardware_walk(self, PaeRoots(mmu.pae_root), gva, flags, PT32E_ROOT_LEVEL)
+            return hardware_walk(self, PaeRoots(mmu.pae_root), gva, flags, PT32E_ROOT_LEVEL, smep=smep)
         root = self._page_header.get(mmu.root_hpa, _FREED)
         match self._tdp:
             case Tdp.EPT:
@@ -61,7 +69,7 @@ class ShadowTables:
             case Tdp.NPT:
                 return hardware_walk(self, root, gva, flags | AccessFlag.USER)
             case None:
-                return hardware_walk(self, root, gva, flags)
+                return hardware_walk(self, root, gva, flags, smep=smep)
 
     def read(self, table: Table, index: int) -> int:
         """The shadow entry, as the processor's load sees it."""

@@ -9,7 +9,7 @@ run's seed alone.
 from shadowmmu.cpu.ept import ept_walk
 from shadowmmu.cpu.guest import BootImage, Layout, boot_image, huge_base, make_program
 from shadowmmu.cpu.program import Program
-from shadowmmu.cpu.tlb import Tag, Tlb, TlbEntry, needed_rights
+from shadowmmu.cpu.tlb import Tag, Tlb, TlbEntry, checked_rights, needed_rights
 from shadowmmu.cpu.vcpu_core import VcpuCore, instruction_share
 from shadowmmu.cpu.walker import (
     EptMisconfig,
@@ -33,6 +33,7 @@ __all__ = [
     "Tlb",
     "TlbEntry",
     "Tag",
+    "checked_rights",
     "needed_rights",
     "hardware_walk",
     "ept_walk",

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 
 from shadowmmu.protocol.events import AccessFlag
 
-__all__ = ["Tag", "Tlb", "TlbEntry", "needed_rights"]
+__all__ = ["Tag", "Tlb", "TlbEntry", "checked_rights", "needed_rights"]
 
 _LARGE: Final = int(AccessFlag.LARGE)
 
@@ -38,6 +38,17 @@ needed_rights: Final[tuple[int, ...]] = tuple(map(_needs, range(MAX_ACCESS_FLAGS
 
 A write needs DIRTY too: the processor sets D in memory before it writes, so an entry that does not have it is walked
 again (TLB_RULES R8). CR0.WP is 1 whenever a guest runs under shadow paging, so supervisor writes need MAY_WRITE.
+"""
+
+
+checked_rights: Final[tuple[int, ...]] = tuple(
+    need | (AccessFlag.SMEP if flags & AccessFlag.FETCH and not flags & AccessFlag.USER else 0)
+    for flags, need in enumerate(needed_rights)
+)
+"""For each access type the bits of a cached translation that must be as in `needed_rights`.
+
+A supervisor fetch must not find SMEP. An entry has it if CR4.SMEP was set when it was made; whoever sets or clears
+that bit flushes.
 """
 
 

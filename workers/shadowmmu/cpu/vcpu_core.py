@@ -31,7 +31,7 @@ from shadowmmu.cpu.program import (
     UsedLoad,
     WriteRegister,
 )
-from shadowmmu.cpu.tlb import Tlb, TlbEntry, needed_rights
+from shadowmmu.cpu.tlb import Tlb, TlbEntry, checked_rights, needed_rights
 from shadowmmu.protocol import messages as m
 from shadowmmu.protocol.errors import ErrorCode, RemoteProtocolError
 from shadowmmu.protocol.events import AccessFlag
@@ -346,7 +346,7 @@ class VcpuCore:
         tlb = self.tlb
         small, large = tlb.small.get, tlb.large.get
         clock = tlb.clock
-        need = needed_rights
+        need, check = needed_rights, checked_rights
         append = log.append
         missed: tuple[int, int] | None = None
         for flags, gva, size, value in run.items[first:last]:
@@ -360,7 +360,7 @@ class VcpuCore:
             else:
                 pfn = entry.pfn
             rights = entry.flags
-            if rights & need[flags] != need[flags]:
+            if rights & check[flags] != need[flags]:
                 missed = gva, flags
                 break
             clock += 1
@@ -401,7 +401,7 @@ class VcpuCore:
     def _access_for_value(self, op: UsedLoad | LockedAccess) -> None:
         flags = _access_type(op)
         entry = self.tlb.lookup(op.gva)
-        if entry is None or entry.flags & needed_rights[flags] != needed_rights[flags]:
+        if entry is None or entry.flags & checked_rights[flags] != needed_rights[flags]:
             self._begin_walk(op.gva, flags)
         elif self._ship():
             self._wait = _Wait.VALUE

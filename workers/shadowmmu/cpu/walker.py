@@ -75,12 +75,19 @@ class Tables(Protocol[T]):
 
 
 def hardware_walk(
-    tables: Tables[T], root: T, gva: int, flags: int, level: int = x86.PT64_ROOT_LEVEL
+    tables: Tables[T],
+    root: T,
+    gva: int,
+    flags: int,
+    level: int = x86.PT64_ROOT_LEVEL,
+    *,
+    smep: bool = False,
 ) -> PendingWalk:
     """Translate `gva` for an access of type `flags` (AccessFlag bits 0 to 4); yields before each entry's read.
 
     `level` is that of `root`: 4 for a 4-level table, 3 for the four PAE root entries, which are chosen by address
-    bits 31:30, carry no permissions and have no accessed bit.
+    bits 31:30, carry no permissions and have no accessed bit. `smep`: CR4.SMEP is set, so that the supervisor may not
+    fetch from what every level lets users access.
 
     A successful walk sets A in every entry that it used, and D in the leaf for a write, each by an atomic update; if
     an entry has changed since it was read, the walk starts again. A faulting walk sets nothing.
@@ -122,7 +129,7 @@ def hardware_walk(
         if (
             (write and not rights & x86.PT_WRITABLE_MASK)
             or (user and not rights & x86.PT_USER_MASK)
-            or (fetch and no_execute)
+            or (fetch and (no_execute or (smep and not user and rights & x86.PT_USER_MASK)))
         ):
             return WalkFault(request | x86.PFERR_PRESENT_MASK)
         leaf = used[-1][2]
@@ -133,6 +140,8 @@ def hardware_walk(
         result |= AccessFlag.MAY_WRITE
     if rights & x86.PT_USER_MASK:
         result |= AccessFlag.MAY_USER
+        if smep:
+            result |= AccessFlag.SMEP
     if not no_execute:
         result |= AccessFlag.MAY_FETCH
     if write or leaf & x86.PT_DIRTY_MASK:

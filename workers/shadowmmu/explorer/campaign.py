@@ -32,7 +32,7 @@ class SearchSpec(msgspec.Struct, frozen=True):
 class SearchReport(msgspec.Struct, frozen=True):
     """What came of a search, or of several of the same scenario.
 
-    `outcomes` and `failures` count executions; `found` has the first failure of each kind, `pairs` the number of pairs
+    `outcomes`, `failures` and `exists` (with the outcome that must be seen) count executions; `found` has the first failure of each kind, `pairs` the number of pairs
     of points that were exercised, `never` those that were not although both points were reached.
     """
 
@@ -44,6 +44,7 @@ class SearchReport(msgspec.Struct, frozen=True):
     pruned: int
     complete: bool
     seconds: float
+    exists: int
     outcomes: dict[str, int]
     failures: dict[str, int]
     found: dict[str, Found]
@@ -77,6 +78,7 @@ def run_search(spec: SearchSpec, progress: Callable[[Search], bool] | None = Non
         pruned=search.pruned,
         complete=search.complete,
         seconds=search.seconds,
+        exists=search.exists,
         outcomes=dict(search.outcomes),
         failures=dict(search.failures),
         found=search.found,
@@ -121,6 +123,7 @@ def merge(reports: Sequence[SearchReport]) -> SearchReport:
         pruned=sum(report.pruned for report in ordered),
         complete=any(report.complete for report in ordered),
         seconds=max(report.seconds for report in ordered),
+        exists=sum(report.exists for report in ordered),
         outcomes=dict(outcomes),
         failures=dict(failures),
         found=found,

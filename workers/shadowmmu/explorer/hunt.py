@@ -221,7 +221,7 @@ class Hunt:
         finding = self.state.findings[number]
         if finding.cause.kind is CauseKind.CRASH:
             return
-        quarry = Quarry(number, finding.seed, finding.first)
+        quarry = Quarry(number, finding.first)
         if self._executor is None:
             self._shrunk(make_smaller(quarry))
         else:

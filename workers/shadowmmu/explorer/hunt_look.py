@@ -5,6 +5,7 @@ Plain data in and out, so that it can be done in any process: what comes out dep
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import random
 import re
@@ -38,8 +39,10 @@ RANDOM_EVERY: Final = 6
 LAST_STEPS: Final = 320
 """Steps in which an access has faulted for ever, at most."""
 FAIR_RUNS: Final = 3
-RUNS: Final = 16
+RUNS: Final = 24
 """Executions by which a fix shows that it prevents a failure."""
+FIRST_EFFORT: Final = 150
+"""Executions that make a failure smaller before its cause is looked for."""
 SHRINK_EFFORT: Final = 800
 
 PAIR_BITS: Final = 1 << 13
@@ -81,12 +84,13 @@ class Look(msgspec.Struct, frozen=True):
 
 
 class Caught(msgspec.Struct, frozen=True):
-    """A failure, the schedule and profile that show it, and its cause."""
+    """A failure, made smaller a little, with its cause: the scenario, the profile and the schedule that show it."""
 
+    scenario: Scenario
     profile: str
+    schedule: tuple[Actor, ...]
     rule: Rule | None
     text: str
-    schedule: tuple[Actor, ...]
     cause: Cause
 
     @property
@@ -112,8 +116,8 @@ def look_at(look: Look) -> Looked:
     executions, wanted = 0, EXECUTIONS
     length = 1
     caught = None
+    scenario = generate(look.seed)
     try:
-        scenario = generate(look.seed)
         while executions < wanted and caught is None:
             ending = execute(
                 scenario, look.profile, _chooser(look.seed, executions, length), coverage=coverage
@@ -131,7 +135,7 @@ def look_at(look: Look) -> Looked:
     except Exception:  # noqa: BLE001 - whatever fails in a process of its own has to be told
         text = traceback.format_exc(limit=-4)
         cause = Cause(CauseKind.CRASH, detail=text.rstrip().rpartition("\n")[2])
-        caught = Caught(look.profile, None, text, (), cause)
+        caught = Caught(scenario, look.profile, (), None, text, cause)
     return Looked(look.number, look.seed, executions, f"{_bits(coverage):x}", caught)
 
 
@@ -156,19 +160,28 @@ def _bits(coverage: PairCoverage) -> int:
 
 
 def _catch(look: Look, scenario: Scenario, failure: Failure, schedule: tuple[Actor, ...]) -> Caught | None:
-    """The failure with its cause; None if it is none, or one that needs no more examples."""
-    unexplained = Cause(CauseKind.UNKNOWN, detail=_detail(scenario, look.profile, failure, schedule))
-    if unexplained in look.often or _is_starvation(scenario, look.profile, failure, schedule):
+    """The failure with its cause; None if it is none, or one that needs no more examples.
+
+    Causes are looked for in a smaller scenario: in a large one other things go wrong as well.
+    """
+    profile = look.profile
+    if _is_starvation(scenario, profile, failure, schedule):
         return None
-    trail = follow_schedule(scenario, look.profile, schedule).trail
-    if _needs_device_stores(scenario, look.profile, failure, trail):
+    with contextlib.suppress(ShrinkError):
+        shrunk = shrink(scenario, profile, failure, schedule, effort=FIRST_EFFORT)
+        scenario, failure, schedule = shrunk.scenario, shrunk.failure, shrunk.schedule
+    unexplained = Cause(CauseKind.UNKNOWN, detail=_detail(scenario, profile, failure, schedule))
+    if unexplained in look.often:
+        return None
+    trail = follow_schedule(scenario, profile, schedule).trail
+    if _needs_device_stores(scenario, profile, failure, trail):
         cause = Cause(CauseKind.DEVICE_STORE)
     elif _recurs(scenario, "fixed", failure, trail):
         cause = unexplained
     else:
-        attribution = attribute(scenario, look.profile, failure, schedule, runs=RUNS)
+        attribution = attribute(scenario, profile, failure, schedule, runs=RUNS)
         cause = Cause(CauseKind.FIXES, attribution.fixes) if attribution.attributed else unexplained
-    return Caught(look.profile, failure.rule, failure.text, schedule, cause)
+    return Caught(scenario, profile, schedule, failure.rule, failure.text, cause)
 
 
 def _is_starvation(scenario: Scenario, profile: str, failure: Failure, schedule: tuple[Actor, ...]) -> bool:
@@ -232,10 +245,9 @@ def _detail(scenario: Scenario, profile: str, failure: Failure, schedule: tuple[
 
 
 class Quarry(msgspec.Struct, frozen=True):
-    """A failure to be made smaller: finding `number`, in the scenario of `seed`."""
+    """A failure to be made smaller: that of finding `number`."""
 
     number: int
-    seed: int
     caught: Caught
 
 
@@ -249,14 +261,11 @@ class Smaller(msgspec.Struct, frozen=True):
 
 
 def make_smaller(quarry: Quarry) -> Smaller:
-    """Shrinks a failure, if possible under a profile that has no other bug than its cause."""
+    """Shrinks a failure further, if possible under a profile that has no other bug than its cause."""
     caught = quarry.caught
-    scenario = generate(quarry.seed)
-    profiles = [caught.profile]
-    if caught.cause.fixes:
-        profiles.insert(0, "fixed" + "".join(f"-{slug}" for slug in caught.cause.fixes))
-    elif caught.cause.kind is not CauseKind.CRASH:
-        profiles.insert(0, "fixed")
+    scenario = caught.scenario
+    fixed = "fixed" + "".join(f"-{slug}" for slug in caught.cause.fixes)
+    profiles = (fixed, caught.profile)
     for profile in dict.fromkeys(profiles):
         try:
             shrunk = shrink(scenario, profile, caught.failure, caught.schedule, effort=SHRINK_EFFORT)

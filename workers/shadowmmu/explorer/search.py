@@ -11,7 +11,7 @@ import msgspec
 
 from shadowmmu.explorer.actors import Actor
 from shadowmmu.explorer.execution import Ending, Failure
-from shadowmmu.explorer.outcome import format_outcome
+from shadowmmu.explorer.outcome import format_outcome, holds, parse_condition
 from shadowmmu.explorer.pairs import PairCoverage
 from shadowmmu.explorer.scenario import Scenario
 from shadowmmu.explorer.sources import Source, sources
@@ -41,7 +41,7 @@ class Found(msgspec.Struct, frozen=True):
 class Search:
     """The executions of `scenario` under `profile` by `strategy`; `clock` tells the seconds.
 
-    `outcomes` counts the final states, and `found` has the first failure of each kind. `digest` is of all endings in
+    `outcomes` counts the final states, `exists` those of them that the scenario says must be seen, and `found` has the first failure of each kind. `digest` is of all endings in
     order: two searches with the same seed have the same.
     """
 
@@ -62,6 +62,8 @@ class Search:
         self.outcomes: Counter[str] = Counter()
         self.failures: Counter[str] = Counter()
         self.found: dict[str, Found] = {}
+        self.exists = 0
+        self._exists = parse_condition(scenario.exists) if scenario.exists else None
         self.seconds = 0.0
         self._clock = clock
         self._turn = 0
@@ -115,6 +117,8 @@ class Search:
 
     def _note(self, source: Source, ending: Ending, begin: float) -> None:
         outcome = format_outcome(ending.outcome)
+        if self._exists is not None and holds(self._exists, dict(ending.outcome)):
+            self.exists += 1
         failure = ending.failure
         kind = "" if failure is None else failure.kind
         self.outcomes[f"{outcome} [{kind}]" if kind else outcome] += 1
@@ -135,6 +139,7 @@ class Search:
                 "sources": [source.state() for source in self.sources],
                 "turn": self._turn,
                 "seconds": self.seconds,
+                "exists": self.exists,
                 "outcomes": dict(self.outcomes),
                 "failures": dict(self.failures),
                 "found": self.found,
@@ -151,6 +156,7 @@ class Search:
             source.restore(saved)
         self._turn = state["turn"]
         self.seconds = state["seconds"]
+        self.exists = state["exists"]
         self.outcomes.update(state["outcomes"])
         self.failures.update(state["failures"])
         self.found = msgspec.convert(state["found"], dict[str, Found])

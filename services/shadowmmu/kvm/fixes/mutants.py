@@ -363,7 +363,7 @@ MUTANT_FIXES: Final[tuple[Fix, ...]] = (
         title="KVM: protect concurrent make_all_cpus_request",
         years="?-2009",
         status=FixStatus.MUTANT,
-        rules=(4, 3),
+        rules=(3, 4),
         description="a vCPU is kicked and waited for whether or not the request is pending already; two flushes "
         "meet only where one is outside of mmu_lock (A10)",
     ),
@@ -374,7 +374,7 @@ MUTANT_FIXES: Final[tuple[Fix, ...]] = (
         title='KVM: Add "exiting guest mode" state',
         years="?-2011",
         status=FixStatus.MUTANT,
-        rules=(4, 3),
+        rules=(3, 4),
         description="a vCPU that is exiting already is waited for; without it only those in guest mode are",
     ),
     Fix(
@@ -486,9 +486,8 @@ MUTANT_FIXES: Final[tuple[Fix, ...]] = (
         years="?-2008",
         status=FixStatus.MUTANT,
         rules=(1,),
-        description="loading a root synchronises what it reaches; in 3.1 kvm_mmu_get_page asks for that too, with "
-        "link-before-sync it does not any more",
-        finding=Finding.EQUIVALENT,
+        description="loading a root synchronises what it reaches; in 3.1 kvm_mmu_get_page asks for that too, which masks "
+        "it, with link-before-sync it does not any more",
     ),
     Fix(
         slug="memslot-delete-flush",
@@ -497,7 +496,7 @@ MUTANT_FIXES: Final[tuple[Fix, ...]] = (
         title="KVM: MMU: nuke shadowed pgtable pages and ptes on memslot destruction",
         years="2007-2008",
         status=FixStatus.MUTANT,
-        rules=(3, 7),
+        rules=(7, 3),
         description="the shadow is flushed before a slot is deleted; without it mappings of its frames stay",
     ),
     Fix(
@@ -507,7 +506,7 @@ MUTANT_FIXES: Final[tuple[Fix, ...]] = (
         title="KVM: MMU: nuke shadowed pgtable pages and ptes on memslot destruction",
         years="2007-2008",
         status=FixStatus.MUTANT,
-        rules=(3, 7),
+        rules=(7, 3),
         description="that flush comes after the slot was made invalid; without it before, and faults map its "
         "frames again",
     ),
