@@ -122,10 +122,12 @@ program = "write T[9] = 0"
 
 
 def _guests(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    """Every guest that is drawn is this one."""
+    """Every guest that is drawn is this one, which is so small that it shows everything soon."""
     monkeypatch.setattr(
         "shadowmmu.explorer.hunt_look.generate", lambda seed: parse_litmus(text, f"guest-{seed}")
     )
+    for name, effort in {"FIRST_EFFORT": 30, "SHRINK_EFFORT": 60, "RUNS": 8, "EXECUTIONS": 8}.items():
+        monkeypatch.setattr(f"shadowmmu.explorer.hunt_look.{name}", effort)
 
 
 def _hunt(state: HuntState, scenarios: int, executor: Executor | None = None) -> list[tuple[int, Repro]]:

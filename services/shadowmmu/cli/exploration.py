@@ -82,7 +82,8 @@ def show_found(report: SearchReport, found: Found, out: Path | None, effort: int
     scenario = explicit(report.scenario, report.profile, found.schedule)
     shrunk = shrink(scenario, report.profile, found.failure, found.schedule, effort=effort)
     typer.echo(
-        f"Shrunk to {shrunk.scenario.size} operations and {shrunk.switches} switches by {shrunk.executions} executions"
+        f"Shrunk to {shrunk.scenario.size} operations, switches between actors: {shrunk.switches} "
+        f"({shrunk.executions} executions)"
     )
     typer.echo(f"    {format_schedule(shrunk.schedule)}")
     typer.echo("")

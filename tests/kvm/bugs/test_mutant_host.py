@@ -3,21 +3,25 @@
 import pytest
 
 from shadowmmu.conform.hardware import Fault
+from shadowmmu.cpu.x86 import EFER_NX, X86_CR4_PAE
 from shadowmmu.kvm import (
     Backing,
     FaultOutcome,
     MemorySlot,
     Point,
     host,
+    kvm_mmu_zap_all,
     kvm_reload_remote_mmus,
     kvm_set_memory_region,
     mmu_audit,
+    set_regs,
     vcpu_enter_guest,
 )
 from shadowmmu.protocol.events import FrameRevoked
 from tests.kvm.bugs.kit_mutants import (
     BLOCK,
     L2,
+    L3,
     LARGE,
     P1,
     P2,
@@ -32,7 +36,7 @@ from tests.kvm.bugs.kit_mutants import (
     with_and_without,
     world_of,
 )
-from tests.kvm.kit import PAGE, TABLE, World, gva
+from tests.kvm.kit import CR0, PAGE, TABLE, P, World, drive, gva
 
 HUGE = (MemorySlot(0, 0, 4096, Backing.HUGE_2M),)
 OTHER = gva(l1=10)  # maps frame 52
@@ -175,6 +179,26 @@ def test_b21_a_second_flush_waits_for_a_vcpu_that_has_not_answered_the_first(
     assert world.try_store(one, X, 2) is broken
     first.finish()
     assert not world.try_store(one, X, 3)
+
+
+@with_and_without("second-flusher-returns-early")
+def test_b21_a_reload_under_mmu_lock_waits_for_a_vcpu_that_another_reload_has_asked(
+    profile: str, broken: bool
+) -> None:
+    """PAE: a root maps the large page itself, and what zaps a root in use flushes by its reload alone."""
+    world = World(1, profile, memslots=HUGE)
+    (zero,) = world.vcpus
+    world.set_gpte(L3, 0, L2, P)
+    world.set_gpte(L2, 3, BLOCK, PAGE | LARGE)
+    drive(set_regs(zero, CR0, L3 << 12, X86_CR4_PAE, EFER_NX))
+    x = gva(l2=3, l1=9)
+    world.access(zero, x, write=True, value=1)
+    pfn = world.kvm.host.pfn(BLOCK + 9)
+    until_kick(world.start(kvm_reload_remote_mmus(world.kvm)))
+    world.run(kvm_mmu_zap_all(world.kvm))
+    world.run(host.reclaim(world.kvm, BLOCK + 9))
+    assert pfn in revoked(world)
+    assert world.try_store(zero, x, 2) is broken
 
 
 @with_and_without("second-flusher-exiting")

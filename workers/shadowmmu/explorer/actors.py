@@ -22,6 +22,7 @@ __all__ = [
     "drain",
     "format_schedule",
     "host",
+    "is_drain",
     "kick",
     "number",
     "parse_schedule",
@@ -53,6 +54,11 @@ def host(index: int) -> Actor:
 def drain(index: int) -> Actor:
     """The store buffer of a vCPU's host thread."""
     return 3 * KIND + index
+
+
+def is_drain(actor: Actor) -> bool:
+    """Whether it is a store buffer."""
+    return actor >= 3 * KIND
 
 
 def number(actor: Actor) -> int:

@@ -32,8 +32,9 @@ class SearchSpec(msgspec.Struct, frozen=True):
 class SearchReport(msgspec.Struct, frozen=True):
     """What came of a search, or of several of the same scenario.
 
-    `outcomes`, `failures` and `exists` (with the outcome that must be seen) count executions; `found` has the first failure of each kind, `pairs` the number of pairs
-    of points that were exercised, `never` those that were not although both points were reached.
+    `outcomes`, `failures` and `exists` (with the outcome that must be seen) count executions; `found` has the first
+    failure of each kind, `pairs` the number of pairs of points that were exercised, `never` those that were not
+    although both points were reached.
     """
 
     scenario: Scenario

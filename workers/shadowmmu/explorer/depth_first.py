@@ -9,7 +9,8 @@ leave out executions that show nothing new:
   steps are still to be tried that slept when it was explored, and do not sleep now (Godefroid, 5.3).
 
 The bounded search (Emmi, Qadeer, Rakamaric: "Delay-bounded scheduling", POPL 2011) has a scheduler that lets whoever
-runs go on, and then the next in turn; every actor that it passes over costs a delay. It needs no reductions to end.
+runs go on, and then the next in turn, store buffers last; every actor that it passes over costs a delay. It needs no
+reductions to end.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
-from shadowmmu.explorer.actors import Actor
+from shadowmmu.explorer.actors import Actor, is_drain
 from shadowmmu.explorer.execution import Ending, describe
 from shadowmmu.explorer.fingerprint import fingerprint
 from shadowmmu.explorer.footprint import Footprint, Kind, commute
@@ -188,4 +189,5 @@ class DepthFirst:
         last = world.schedule[-1] if world.schedule else enabled[0]
         start = next((i for i, actor in enumerate(enabled) if actor >= last), 0)
         turn = [*enabled[start:], *enabled[:start]]
+        turn.sort(key=is_drain)  # a store stays in its buffer as long as it can
         return [(actor, left - cost) for cost, actor in reversed(list(enumerate(turn))) if cost <= left]

@@ -22,13 +22,13 @@ from shadowmmu.explorer.generate_tables import (
     draw_entry,
     draw_tables,
 )
-from shadowmmu.explorer.litmus import parse_litmus
+from shadowmmu.explorer.litmus import LitmusError, parse_litmus
 from shadowmmu.explorer.scenario import Scenario
 
 __all__ = ["draw_test", "generate"]
 
 SHAPES: Final = (Shape("64", 4, 8), Shape("pae", 3, 8), Shape("32", 2, 4))
-SHAPE_WEIGHTS: Final = (85, 8, 7)
+SHAPE_WEIGHTS: Final = (75, 6, 19)
 LARGE_SLOT_PAGES: Final = 2048
 FIRST_FRAME: Final = 16
 DEVICE_FRAME: Final = 8192
@@ -37,7 +37,10 @@ DEVICE_FRAME: Final = 8192
 
 def generate(seed: int) -> Scenario:
     """The scenario of a seed: always the same."""
-    return parse_litmus(draw_test(seed), f"random-{seed}")
+    try:
+        return parse_litmus(draw_test(seed), f"random-{seed}")
+    except LitmusError as error:
+        raise RuntimeError(f"the guest of seed {seed} is no litmus test: {error}") from None
 
 
 def draw_test(seed: int) -> str:
@@ -52,7 +55,7 @@ def draw_test(seed: int) -> str:
     writer = IdiomWriter(draw, guest, vcpus)
     setup = _setup(draw, guest, writer, vcpus)
     programs: list[list[str]] = [[] for _ in range(vcpus)]
-    wanted = [draw.randint(3, 7 if vcpus > 1 else 10) for _ in range(vcpus)]
+    wanted = [draw.randint(2, 6 if vcpus > 1 else 10) for _ in range(vcpus)]
     while any(len(program) < most for program, most in zip(programs, wanted, strict=True)):
         vcpu = draw.choice([n for n in range(vcpus) if len(programs[n]) < wanted[n]])
         for who, lines in writer.idiom(vcpu).items():
@@ -115,7 +118,10 @@ def _table(name: str, entries: dict[tuple[str, int], Entry | None]) -> str:
 def _setup(draw: random.Random, guest: GuestTables, writer: IdiomWriter, vcpus: int) -> list[str]:
     """Accesses that fill TLBs, and stores that put tables out of sync."""
     lines = []
-    for _ in range(draw.randint(1, 8)):
+    for vcpu in range(vcpus):
+        if draw.random() < 0.5:
+            lines += [f"v{vcpu}: {step}" for step in writer.touch(guest.favourite)]
+    for _ in range(draw.randint(0, 7)):
         vcpu = draw.randrange(vcpus)
         if draw.random() < 0.65:
             steps = writer.touch()
@@ -154,7 +160,7 @@ def _host_operation(
     if backing != "2m":
         small += guest.far
     frame = draw.choice(small)
-    if guest.favourite_frame and draw.random() < 0.4:
+    if guest.favourite_frame and draw.random() < 0.5:
         frame = guest.favourite_frame
     slot = draw.randrange(2) if guest.large else 0
     kinds = {

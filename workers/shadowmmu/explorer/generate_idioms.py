@@ -50,7 +50,7 @@ class IdiomWriter:
             (self._change_rights, 12),
             (self._link, 12),
             (self._relink, 9),
-            (self._recycle, 8),
+            (self._recycle, 11),
             (self._resize, 6 if guest.large else 0),
             (self._move_page, 4),
             (self._contend, 7 if vcpus > 1 else 0),
@@ -78,12 +78,13 @@ class IdiomWriter:
             address = self._address()
         user = "u" if draw.random() < self._user_rate else ""
         word = draw.choice(DATA_INDICES)
-        place = f"{address.name}[{word}]" if word else address.name
+        place = f"{address.name}+{word * self._guest.shape.entry:#x}"
         kind = draw.random()
         if kind < self._store_rate:
             if draw.random() < 0.12:
                 return [f"{user}xadd {place} = 1"]
-            return [f"{user}store {place} = {draw.choice((0, 0, 1))}"]
+            entry = draw_entry(draw, self._guest, 1)
+            return [f"{user}store {place} = {draw.choice((0, 1, entry, entry))}"]
         if kind > 0.95:
             return [f"{user}fetch {place}"]
         if draw.random() < 0.4:
@@ -93,7 +94,7 @@ class IdiomWriter:
 
     def _address(self) -> Address:
         return (
-            self._guest.favourite if self._draw.random() < 0.35 else self._draw.choice(self._guest.addresses)
+            self._guest.favourite if self._draw.random() < 0.45 else self._draw.choice(self._guest.addresses)
         )
 
     def _touch_through(self, place: Place) -> Lines:
@@ -134,7 +135,7 @@ class IdiomWriter:
     def _after(self, place: Place, through: list[Address]) -> Lines:
         """What a guest does after a change: it invalidates, or does not, and uses the page, or does not."""
         draw = self._draw
-        if self._vcpus > 1 and draw.random() < 0.3:
+        if self._vcpus > 1 and not self._elsewhere and draw.random() < 0.3:
             # Others hear of it, or just come along.
             self._elsewhere[self._other()] = [*self._flush(through), *self._touch_through(place)]
         lines = self._flush(through)
@@ -197,16 +198,19 @@ class IdiomWriter:
             used
             for address in guest.through(place)
             for used, _ in guest.path(address)
-            if used.level < place.level and used.table not in guest.far
+            if used.level < place.level and used.table in guest.near
         ]
         lines = [*self.set_entry(place, None), *self._flush([])]
-        if below and draw.random() < 0.8:
-            changed = draw.choice(below)
+        changed = draw.choice(below) if below and draw.random() < 0.8 else place
+        if changed is not place:
             lines += self.set_entry(changed, draw_entry(draw, guest, changed.level))
         again = place
         if draw.random() < 0.5:
             again = Place(place.table, draw.choice(UPPER_INDICES), place.level)
-        return [*lines, *self._change(again, old)]
+        lines += self._change(again, old)
+        if self._vcpus > 1 and draw.random() < 0.4:
+            self._elsewhere[self._other()] = [*self._flush([]), *self._touch_through(changed)]
+        return lines
 
     def _recycle(self) -> Lines:
         """A data page becomes a page table: unmapped or not, it is linked and used."""
@@ -214,18 +218,22 @@ class IdiomWriter:
         mapped = [leaf.frame for address in guest.addresses if (leaf := guest.leaf(address)) is not None]
         candidates = [frame for frame in mapped if frame in guest.data or frame in guest.far]
         favourite = guest.favourite_frame
-        frame = favourite if favourite and draw.random() < 0.5 else draw.choice(candidates or guest.data)
+        frame = favourite if favourite and draw.random() < 0.6 else draw.choice(candidates or guest.data)
         lines: Lines = []
+        users = guest.mapping(frame)
         if draw.random() < 0.6:
-            for address in guest.mapping(frame)[:1]:
+            for address in users[:1]:
                 *_, (place, _) = guest.path(address)
-                if place.table not in guest.far:
+                if place.table in guest.near:
                     lines += self._change(place, None)
         if frame not in guest.far and draw.random() < 0.3:
             word = Place(frame, draw.choice(DATA_INDICES), 1)
             lines += self.set_entry(word, draw_entry(draw, guest, 1))
         place = self._place(2, 2)
         lines += self.set_entry(place, Entry(frame, upper_flags(draw, guest.shape, 2)))
+        if users and self._vcpus > 1 and draw.random() < 0.4:
+            # Somebody has not heard of it.
+            self._elsewhere[self._other()] = self.touch(draw.choice(users))
         return lines + self._touch_through(place)
 
     def _resize(self) -> Lines:

@@ -106,12 +106,13 @@ class GuestTables:
         return entry if entry is not None and (place.level == 1 or "l" in entry.flags) else None
 
     def places(self, lowest: int, highest: int) -> list[Place]:
-        """The entries of some levels that addresses use now."""
+        """The entries of some levels, in the linear map, that addresses use now."""
+        near = set(self.near)
         found = {
             place: None
             for address in self.addresses
             for place, _ in self.path(address)
-            if lowest <= place.level <= highest and place.table not in self.far
+            if lowest <= place.level <= highest and place.table in near
         }
         return list(found)
 
@@ -192,8 +193,9 @@ def draw_tables(draw: random.Random, shape: Shape, *, large: bool) -> GuestTable
         for table in guest.tables[level]:
             _fill(draw, guest, table, level)
     for frame in (*guest.data, *guest.far):
-        if draw.random() < 0.6:
-            for index in draw.sample(DATA_INDICES, 2):
+        # What would be in them if they became tables.
+        for index in DATA_INDICES:
+            if draw.random() < 0.7:
                 guest.entries[frame, index] = Entry(draw.choice(guest.data), leaf_flags(draw, shape))
     if draw.random() < 0.35:
         _link_to_itself(draw, guest)

@@ -11,6 +11,8 @@ import random
 import re
 import traceback
 import zlib
+from collections import Counter
+from collections.abc import Mapping
 from typing import Final
 
 import msgspec
@@ -21,6 +23,7 @@ from shadowmmu.explorer.attribution import attribute
 from shadowmmu.explorer.choosers import Chooser, FollowChooser, PctChooser, RandomChooser
 from shadowmmu.explorer.execution import Failure, execute
 from shadowmmu.explorer.generate import generate
+from shadowmmu.explorer.hunt_chooser import ActorPctChooser
 from shadowmmu.explorer.pairs import PairCoverage
 from shadowmmu.explorer.scenario import HostStep, Scenario
 from shadowmmu.explorer.shrink import ShrinkError, shrink
@@ -35,7 +38,8 @@ EXECUTIONS: Final = 16
 MOST_EXECUTIONS: Final = 64
 """Executions of one that goes on showing new pairs of points."""
 PCT_DEPTHS: Final = 4
-RANDOM_EVERY: Final = 6
+RANDOM_EVERY: Final = 8
+PCT_EVERY: Final = 5
 LAST_STEPS: Final = 320
 """Steps in which an access has faulted for ever, at most."""
 FAIR_RUNS: Final = 3
@@ -114,16 +118,16 @@ def look_at(look: Look) -> Looked:
     coverage = PairCoverage()
     known = int(look.known, 16)
     executions, wanted = 0, EXECUTIONS
-    length = 1
+    steps: Counter[Actor] = Counter()
     caught = None
     scenario = generate(look.seed)
     try:
         while executions < wanted and caught is None:
             ending = execute(
-                scenario, look.profile, _chooser(look.seed, executions, length), coverage=coverage
+                scenario, look.profile, _chooser(look.seed, executions, steps), coverage=coverage
             )
             executions += 1
-            length = max(length, len(ending.schedule))
+            steps |= Counter(ending.schedule)
             if ending.failure is not None:
                 caught = _catch(look, scenario, ending.failure, ending.schedule)
             seen = _bits(coverage)
@@ -139,14 +143,16 @@ def look_at(look: Look) -> Looked:
     return Looked(look.number, look.seed, executions, f"{_bits(coverage):x}", caught)
 
 
-def _chooser(seed: int, execution: int, length: int) -> Chooser:
+def _chooser(seed: int, execution: int, steps: Mapping[Actor, int]) -> Chooser:
     """Nobody interrupted first, then PCT of several depths, and now and then no priorities at all."""
     number = seed << 16 | execution
-    if execution == 0:
+    if not steps:
         return FollowChooser(())
     if execution % RANDOM_EVERY == 0:
         return RandomChooser(number)
-    return PctChooser(number, 1 + execution % PCT_DEPTHS, length)
+    if execution % PCT_EVERY == 0:
+        return PctChooser(number, 1 + execution % PCT_DEPTHS, sum(steps.values()))
+    return ActorPctChooser(number, (execution + 1) % PCT_DEPTHS, steps)
 
 
 def _bits(coverage: PairCoverage) -> int:

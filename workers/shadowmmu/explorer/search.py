@@ -41,8 +41,8 @@ class Found(msgspec.Struct, frozen=True):
 class Search:
     """The executions of `scenario` under `profile` by `strategy`; `clock` tells the seconds.
 
-    `outcomes` counts the final states, `exists` those of them that the scenario says must be seen, and `found` has the first failure of each kind. `digest` is of all endings in
-    order: two searches with the same seed have the same.
+    `outcomes` counts the final states, `exists` those of them that the scenario says must be seen, and `found` has the
+    first failure of each kind. `digest` is of all endings in order: two searches with the same seed have the same.
     """
 
     def __init__(

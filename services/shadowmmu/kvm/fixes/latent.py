@@ -152,7 +152,7 @@ LATENT_FIXES: Final[tuple[Fix, ...]] = (
         title="KVM: perform an invalid memslot step for gpa base change",
         years="2010-2012",
         status=FixStatus.LATENT,
-        rules=(3, 7),
+        rules=(7,),
         description="a slot that moves is made invalid, and the shadow flushed, before it is at its new place",
     ),
     Fix(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from shadowmmu.kvm.fixes.fix import Fix, FixStatus
+from shadowmmu.kvm.fixes.fix import Finding, Fix, FixStatus
 
 __all__ = ["ALTERNATIVES", "LATER_FIXES"]
 
@@ -29,7 +29,7 @@ LATER_FIXES: Final[tuple[Fix, ...]] = (
         title="KVM: X86: pair smp_wmb() of mmu_try_to_unsync_pages() with smp_rmb()",
         years="2018-2021",
         status=FixStatus.LATER,
-        rules=(1,),
+        rules=(4, 1),
         description="a table is unsync before an entry maps it writable, and roots are synchronised under mmu_lock; "
         "without it the entry is first, and a look without the lock decides",
     ),
@@ -43,6 +43,7 @@ LATER_FIXES: Final[tuple[Fix, ...]] = (
         rules=(8,),
         description="dirty logging drops every large entry; without it read-only ones stay, and a direct map never "
         "gets below them",
+        finding=Finding.NOT_OBSERVABLE,
     ),
 )
 

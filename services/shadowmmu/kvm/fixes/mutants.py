@@ -486,8 +486,8 @@ MUTANT_FIXES: Final[tuple[Fix, ...]] = (
         years="?-2008",
         status=FixStatus.MUTANT,
         rules=(1,),
-        description="loading a root synchronises what it reaches; in 3.1 kvm_mmu_get_page asks for that too, which masks "
-        "it, with link-before-sync it does not any more",
+        description="loading a root synchronises what it reaches; in 3.1 kvm_mmu_get_page asks for that too, which "
+        "masks it, with link-before-sync it does not any more",
     ),
     Fix(
         slug="memslot-delete-flush",

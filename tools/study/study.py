@@ -1,0 +1,166 @@
+"""`make study`: how long each strategy takes to find each bug of the catalogue by its litmus test.
+
+Per bug and strategy some seeds, with a limit of time per cell. Results go to `results.jsonl` as they come, with commit
+and date; a study that was stopped goes on where it stood. docs/STUDY.md is written from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from rich.console import Console
+from rich.progress import Progress
+
+from shadowmmu.explorer.catalogue import buggy_profile, catalogue_slugs
+from shadowmmu.explorer.library import bug_test
+from shadowmmu.explorer.search import Budget, Search
+from shadowmmu.explorer.strategy import Strategy
+from shadowmmu.kvm import FIXES, Finding
+from tools.revision import revision
+
+ROOT: Final = Path(__file__).parents[2]
+LEDGER: Final = Path(__file__).with_name("results.jsonl")
+PAGE: Final = ROOT / "docs" / "STUDY.md"
+STRATEGIES: Final = (Strategy.BOUNDED, Strategy.PCT, Strategy.RANDOM, Strategy.EXHAUSTIVE)
+SEEDED: Final = (Strategy.PCT, Strategy.RANDOM)
+"""The others do the same for every seed, so one cell stands for all."""
+
+
+class Cell(msgspec.Struct, frozen=True):
+    """What is measured: one bug, one strategy, one seed."""
+
+    slug: str
+    strategy: str
+    seed: int
+
+
+class Result(msgspec.Struct, frozen=True):
+    """Whether the bug was found, in which execution and after how many seconds; all that were spent, if not."""
+
+    cell: Cell
+    found: bool
+    executions: int
+    seconds: float
+    revision: str
+
+
+def measure(cell: Cell, limit: float, of: str) -> Result:
+    """Runs one cell, for `limit` seconds at most."""
+    scenario = bug_test(cell.slug)
+    assert scenario is not None
+    search = Search(scenario, buggy_profile(scenario), Strategy(cell.strategy), cell.seed, time.monotonic)
+    search.run(Budget(seconds=limit, first=True))
+    found = search.first
+    if found is None:
+        return Result(cell, found=False, executions=search.executions, seconds=search.seconds, revision=of)
+    return Result(cell, found=True, executions=found.execution, seconds=found.seconds, revision=of)
+
+
+def cells(seeds: int) -> list[Cell]:
+    """All cells, those of a bug together."""
+    slugs = [slug for slug in catalogue_slugs() if FIXES[slug].finding is Finding.FOUND and bug_test(slug)]
+    return [
+        Cell(slug, strategy.value, seed)
+        for slug, strategy in itertools.product(slugs, STRATEGIES)
+        for seed in range(seeds if strategy in SEEDED else 1)
+    ]
+
+
+def read_ledger() -> dict[Cell, Result]:
+    """The results so far."""
+    if not LEDGER.exists():
+        return {}
+    lines = LEDGER.read_bytes().splitlines()
+    return {result.cell: result for result in (msgspec.json.decode(line, type=Result) for line in lines)}
+
+
+def main() -> None:
+    """Measures what is missing, then writes the page."""
+    parser = argparse.ArgumentParser(prog="make study", description=__doc__)
+    parser.add_argument("--seeds", type=int, default=5, help="per bug and strategy")
+    parser.add_argument("--limit", type=float, default=5.0, help="seconds per cell")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--fresh", action="store_true", help="forget what was measured")
+    parser.add_argument("--page", action="store_true", help="only write the page")
+    arguments = parser.parse_args()
+    if arguments.fresh:
+        LEDGER.unlink(missing_ok=True)
+    results = read_ledger()
+    if not arguments.page:
+        missing = [cell for cell in cells(arguments.seeds) if cell not in results]
+        _measure_all(missing, arguments.limit, arguments.jobs, results)
+    PAGE.write_text(page(results, arguments.limit), encoding="utf-8")
+    print(f"{len(results)} cells; {PAGE}")
+
+
+def _measure_all(missing: list[Cell], limit: float, jobs: int, results: dict[Cell, Result]) -> None:
+    of = revision(ROOT)
+    with (
+        Progress(console=Console(stderr=True)) as progress,
+        LEDGER.open("ab", buffering=0) as ledger,
+        ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool,
+    ):
+        task = progress.add_task("cells", total=len(missing))
+        for future in as_completed([pool.submit(measure, cell, limit, of) for cell in missing]):
+            result = future.result()
+            results[result.cell] = result
+            ledger.write(msgspec.json.encode(result) + b"\n")
+            progress.update(task, advance=1, description=result.cell.slug)
+
+
+def page(results: dict[Cell, Result], limit: float) -> str:
+    """docs/STUDY.md."""
+    revisions = sorted({result.revision for result in results.values()})
+    lines = [
+        "# How the strategies compare",
+        "",
+        "Generated by `make study`. Per bug and strategy: the median over the seeds of seconds, and of executions, to",
+        f"the first failure of the bug's own litmus test (one process each), under a limit of {limit:g} s. Bounded and",
+        "exhaustive search do not depend on the seed. A median is *censored*, shown as `>`, where half of the seeds or",
+        "more found nothing within the limit; `3/5` says how many did. Seconds depend on the machine, executions do",
+        "not.",
+        "",
+        f"Measured: {'; '.join(revisions)}.",
+        "",
+        "| bug | fix | " + " | ".join(strategy.value for strategy in STRATEGIES) + " |",
+        "| --- | --- | " + " | ".join("---" for _ in STRATEGIES) + " |",
+    ]
+    slugs = [slug for slug in FIXES if any(cell.slug == slug for cell in results)]
+    for slug in slugs:
+        entries = [
+            _entry([r for c, r in results.items() if (c.slug, c.strategy) == (slug, strategy.value)])
+            for strategy in STRATEGIES
+        ]
+        lines.append(f"| {FIXES[slug].bug} | {slug} | " + " | ".join(entries) + " |")
+    lines += ["", *_totals(results)]
+    return "\n".join(lines) + "\n"
+
+
+def _entry(found: list[Result]) -> str:
+    if not found:
+        return ""
+    hits = sum(result.found for result in found)
+    seconds = statistics.median(r.seconds if r.found else float("inf") for r in found)
+    executions = statistics.median(r.executions if r.found else float("inf") for r in found)
+    share = "" if hits == len(found) else f" ({hits}/{len(found)})"
+    if seconds == float("inf"):
+        return f"> {max(result.seconds for result in found):.1f} s{share}"
+    return f"{seconds:.2f} s, {executions:g}{share}"
+
+
+def _totals(results: dict[Cell, Result]) -> list[str]:
+    lines = ["| strategy | cells | found | median executions of those found |", "| --- | --- | --- | --- |"]
+    for strategy in STRATEGIES:
+        mine = [result for cell, result in results.items() if cell.strategy == strategy.value]
+        hits = [result.executions for result in mine if result.found]
+        median = f"{statistics.median(hits):g}" if hits else ""
+        lines.append(f"| {strategy.value} | {len(mine)} | {len(hits)} | {median} |")
+    return lines
