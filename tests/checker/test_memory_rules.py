@@ -22,6 +22,7 @@ from shadowmmu.protocol.events import (
     LockedRead,
     MmioAccess,
     NoProgress,
+    OperationEnded,
     OperationStarted,
     ShadowPageZapped,
     SlotSettled,
@@ -244,6 +245,12 @@ class TestNoProgress:
     )
     def test_what_may_explain_it_or_gets_the_vcpu_further(self, between: Event) -> None:
         assert broken(*[*[FAULT] * 10, between] * 4) is None
+
+    def test_while_the_host_is_at_work_faults_are_to_be_tried_again(self) -> None:
+        begun: list[Event] = [FAULT, OperationStarted(5, -1, "host.unmap_range")]
+        assert broken(*begun, *[FAULT] * 200) is None
+        assert broken(*begun, *[FAULT] * 200, OperationEnded(5), *[FAULT] * 16) is None
+        assert broken(*begun, *[FAULT] * 200, OperationEnded(5), *[FAULT] * 17) is Rule.NO_PROGRESS
 
     def test_the_work_of_others_explains_only_so_much(self) -> None:
         again: list[Event] = [FAULT, store(0x2000, vcpu=1)]

@@ -32,6 +32,7 @@ class History:
         self.record = -1  # of the last InputConsumed
         self.tlbs_dirty = 0
         self._operations: dict[int, OperationStarted] = {}
+        self._host_operations = 0  # of these, the host's own
         self._flush_asked: dict[int, tuple[int, FlushRequested]] = {}  # by vCPU
         self._flush_answered: dict[int, tuple[int, FlushAnswered]] = {}  # by vCPU
         self._flush_targets: dict[int, FlushRequested] = {}  # by operation, until answered
@@ -41,11 +42,14 @@ class History:
 
     def operation_started(self, event: OperationStarted) -> None:
         if len(self._operations) >= OPERATIONS_LIMIT:
-            del self._operations[next(iter(self._operations))]
+            forgotten = self._operations.pop(next(iter(self._operations)))
+            self._host_operations -= forgotten.vcpu < 0
         self._operations[event.op] = event
+        self._host_operations += event.vcpu < 0
 
     def operation_ended(self, event: OperationEnded) -> None:
-        self._operations.pop(event.op, None)
+        started = self._operations.pop(event.op, None)
+        self._host_operations -= started is not None and started.vcpu < 0
         self._flush_targets.pop(event.op, None)
 
     def flush_requested(self, event: FlushRequested) -> None:
@@ -80,6 +84,11 @@ class History:
             return f"operation {op}"
         who = "the host" if started.vcpu < 0 else f"vCPU {started.vcpu}"
         return f"operation {op} ({started.name}, for {who})"
+
+    @property
+    def host_is_at_work(self) -> bool:
+        """An operation of the host itself is under way."""
+        return self._host_operations > 0
 
     def describe_host_operations(self) -> str:
         """The host's own operations in flight (notifiers and the like) in words; empty if there are none."""

@@ -3,8 +3,9 @@
 A vCPU may have to take a page fault again: because somebody changed a table, took the page away, zapped or synchronised
 a shadow page meanwhile, or because another vCPU's entry was needed first. If nobody did anything of that kind, KVM sees
 the second time what it saw the first time. REPEATS_LIMIT leaves room for what may go on for a few exits (two entries
-that displace each other in a shadow page limit, one spurious fault per level of the tables). With others at work the
-vCPU itself may fail FOREVER_LIMIT times, which is far more than what runs of a correct kernel show (below 50).
+that displace each other in a shadow page limit, one spurious fault per level of the tables). While an operation of the host
+is under way nothing is counted: between invalidate_range_start and invalidate_range_end every fault is to be tried again
+(mmu_notifier_retry), however long the host takes. FOREVER_LIMIT holds whatever others do.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Progress:
         if self.happened != faults.seen or processor.repeats == 1:
             faults.seen = self.happened
             faults.quiet = 0
-        faults.quiet += 1
+        faults.quiet = 0 if self._history.host_is_at_work else faults.quiet + 1
         if faults.quiet <= REPEATS_LIMIT and processor.repeats <= FOREVER_LIMIT:
             return None
         between = "nothing that could explain it" if faults.quiet > REPEATS_LIMIT else "nothing of its own"

@@ -184,7 +184,7 @@ def draw_tables(draw: random.Random, shape: Shape, *, large: bool) -> GuestTable
     for level in range(shape.levels - 1, 0, -1):
         most = 3 if level == 1 else 2
         guest.tables[level] = [f"L{level}{letter}" for letter in "abc"[: draw.randint(1, most)]]
-    guest.data = [f"G{number}" for number in range(draw.randint(2, 4))]
+    guest.data = [f"G{number}" for number in range(draw.randint(2, 6))]
     guest.devices = ["device"] if draw.random() < 0.15 else []
     if large:
         guest.large = ["B0", "B1"][: draw.randint(1, 2)]
@@ -210,7 +210,7 @@ def _fill(draw: random.Random, guest: GuestTables, table: str, level: int) -> No
         if index == first and level > 1:
             below = draw.choice(guest.tables[level - 1])
             guest.entries[table, index] = Entry(below, upper_flags(draw, guest.shape, level))
-        elif index == first or draw.random() < (0.5 if level == 1 else 0.4):
+        elif index == first or draw.random() < 0.4:
             guest.entries[table, index] = draw_entry(draw, guest, level)
 
 
