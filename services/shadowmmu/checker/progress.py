@@ -1,11 +1,12 @@
 """Rule 8: no progress. A run in which nothing can go on, and an access that faults for ever.
 
-A vCPU may have to take a page fault again: because somebody changed a table, took the page away, zapped or synchronised
-a shadow page meanwhile, or because another vCPU's entry was needed first. If nobody did anything of that kind, KVM sees
-the second time what it saw the first time. REPEATS_LIMIT leaves room for what may go on for a few exits (two entries
-that displace each other in a shadow page limit, one spurious fault per level of the tables). While an operation of the host
-is under way nothing is counted: between invalidate_range_start and invalidate_range_end every fault is to be tried again
-(mmu_notifier_retry), however long the host takes. FOREVER_LIMIT holds whatever others do.
+A vCPU may have to take a page fault again: because somebody changed a table, took the page away, zapped or
+synchronised a shadow page meanwhile, or because another vCPU's entry was needed first. If nobody did anything of that
+kind, KVM sees the second time what it saw the first time. REPEATS_LIMIT leaves room for what may go on for a few
+exits (two entries that displace each other in a shadow page limit, one spurious fault per level of the tables). While
+an operation of the host is under way nothing is counted: between invalidate_range_start and invalidate_range_end
+every fault is to be tried again (mmu_notifier_retry), however long the host takes. FOREVER_LIMIT holds whatever
+others do.
 """
 
 from __future__ import annotations
