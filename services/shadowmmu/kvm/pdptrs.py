@@ -51,8 +51,13 @@ def load_pdptrs(vcpu: PagingUnit, cr3: int) -> Operation[bool]:
 
 
 def kvm_pdptr_read(vcpu: PagingUnit, index: int) -> Operation[int]:
-    """One PDPTE. It is read from memory each time (kvm_pdptr_read_mmu); what cannot be loaded stays as it was."""
-    yield from load_pdptrs(vcpu, vcpu.cr3)
+    """One PDPTE: the register, which writes of CR3, CR0 and CR4 load.
+
+    Finding N2 (pdpte-reread): 3.1 reads all four from memory each time (kvm_pdptr_read_mmu); what cannot be loaded
+    stays as it was. For the guest of a guest that is right, as SVM has it.
+    """
+    if vcpu.mmu.translate_gpa is not None or not vcpu.kvm.profile.pdpte_reread:
+        yield from load_pdptrs(vcpu, vcpu.cr3)
     return vcpu.pdptrs[index]
 
 

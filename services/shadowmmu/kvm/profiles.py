@@ -66,6 +66,7 @@ class Profile:
     wp0_dirty_missed: bool
     pae_root_leak: bool
     emulated_store_window: bool
+    pdpte_reread: bool
     # part B
     sync_drop_noflush: bool
     ad_bit_loss: bool

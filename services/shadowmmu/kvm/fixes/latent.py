@@ -187,4 +187,15 @@ LATENT_FIXES: Final[tuple[Fix, ...]] = (
         rules=(1,),
         description="an invalidation waits for emulated stores that are in memory, but not in the shadow yet",
     ),
+    Fix(
+        slug="pdpte-reread",
+        bug="N2",
+        commit="e4e517b4be019787ada4cbbce2f04570c21b0cbd",
+        title="KVM: MMU: Do not unconditionally read PDPTE from guest memory",
+        years="2010-2011",
+        status=FixStatus.LATENT,
+        rules=(1, 8),
+        description="walks use the PDPTEs that the last write of CR3, CR0 or CR4 loaded; without it they load them from "
+        "memory each time (found here: docs/findings/pdpte-reread.md)",
+    ),
 )
