@@ -181,9 +181,10 @@ class Checker:
     def fingerprint(self) -> bytes:
         """A digest of all that future verdicts depend on (what violations say of the past apart).
 
-        Two checkers with equal fingerprints, fed the same events from here on, find the same violations. Positions in
-        the stream are replaced by their order, and so are serial numbers of shadow pages; numbers of operations and
-        journal records are left out. So a search recognises that it has come to a state that it has seen.
+        Two checkers with equal fingerprints, fed the same events from here on, find the same violations. How many
+        faults in a row an access has taken while others did something (rule 8, FOREVER_LIMIT) is left out: such faults
+        are a cycle of states. Positions in the stream are replaced by their order, and so are serial numbers of shadow
+        pages; numbers of operations and journal records are left out. So a search recognises a state that it has seen.
         """
         times: set[int] = {0, FOREVER}
         pages: set[int] = set()

@@ -182,7 +182,7 @@ class Processor:
         return (
             self.number,
             None if self.registers is None else msgspec.structs.astuple(self.registers),
-            self.repeats,
+            self.repeats > 0,  # how many: only for FOREVER_LIMIT (rule 8), which a search does not wait for
             rank(self.exited),
             rank(self.walking),
             self.fault,

@@ -24,6 +24,7 @@ from shadowmmu.explorer.choosers import Chooser, FollowChooser, PctChooser, Rand
 from shadowmmu.explorer.execution import Failure, execute
 from shadowmmu.explorer.generate import generate
 from shadowmmu.explorer.hunt_chooser import ActorPctChooser
+from shadowmmu.explorer.hunt_run import execute_run
 from shadowmmu.explorer.pairs import PairCoverage
 from shadowmmu.explorer.scenario import HostStep, Scenario
 from shadowmmu.explorer.shrink import ShrinkError, shrink
@@ -40,6 +41,10 @@ MOST_EXECUTIONS: Final = 64
 PCT_DEPTHS: Final = 4
 RANDOM_EVERY: Final = 8
 PCT_EVERY: Final = 5
+RUN_PERIOD: Final = 60
+"""Of so many scenarios ..."""
+RUNS_AT_ONCE: Final = 2
+"""... the last are long runs of a workload."""
 LAST_STEPS: Final = 320
 """Steps in which an access has faulted for ever, at most."""
 FAIR_RUNS: Final = 3
@@ -114,7 +119,28 @@ class Looked(msgspec.Struct, frozen=True):
 
 
 def look_at(look: Look) -> Looked:
-    """Executes a scenario, more often if it shows something new, until it fails."""
+    """Executes a small guest, more often if it shows something new, until it fails; or a long run, once."""
+    return (
+        _look_at_run(look) if look.number % RUN_PERIOD >= RUN_PERIOD - RUNS_AT_ONCE else _look_at_guest(look)
+    )
+
+
+def _look_at_run(look: Look) -> Looked:
+    caught = None
+    executions = 1
+    try:
+        ran = execute_run(look.seed, look.profile)
+        executions = ran.executions
+        if ran.scenario is not None and ran.failure is not None:
+            caught = _catch(look, ran.scenario, ran.failure, ran.schedule)
+    except Exception:  # noqa: BLE001 - whatever fails in a process of its own has to be told
+        text = traceback.format_exc(limit=-4)
+        cause = Cause(CauseKind.CRASH, detail=text.rstrip().rpartition("\n")[2])
+        caught = Caught(generate(look.seed), look.profile, (), None, text, cause)
+    return Looked(look.number, look.seed, executions, "0", caught)
+
+
+def _look_at_guest(look: Look) -> Looked:
     coverage = PairCoverage()
     known = int(look.known, 16)
     executions, wanted = 0, EXECUTIONS

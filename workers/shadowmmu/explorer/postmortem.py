@@ -8,6 +8,7 @@ operations from point to point, kicks) with more and more disorder. That executi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import count
 from random import Random
 from typing import Final
@@ -24,7 +25,7 @@ from shadowmmu.explorer.shrink import shrink
 from shadowmmu.explorer.world import ScenarioError, World
 from shadowmmu.machine import Header, Record
 
-__all__ = ["Postmortem", "examine"]
+__all__ = ["Postmortem", "Reproduced", "examine", "reproduce"]
 
 WINDOWS: Final = (60, 200, 600, 2000)
 """Messages of vCPUs that are looked at, one length after the other."""
@@ -43,29 +44,51 @@ class Postmortem(msgspec.Struct, frozen=True):
     executions: int
 
 
+class Reproduced(msgspec.Struct, frozen=True):
+    """An execution in which the rule breaks again, and how many it took to find it; None if none was found."""
+
+    scenario: Scenario
+    ending: Ending | None
+    executions: int
+
+
 def examine(
     records: Sequence[Record], rule: Rule, end: int, seconds: float, clock: Callable[[], float]
 ) -> Postmortem:
     """Looks for a reproduction of the violation of `rule` at record number `end`, for about `seconds`."""
+    begin = clock()
+    share = [seconds * (1 - 0.5**n) for n in range(1, len(WINDOWS) + 1)]  # each window half of what is left
+    found = reproduce(records, rule, end, lambda window, _: clock() - begin < share[window])
+    header = records[0]
+    assert isinstance(header, Header)
+    if found.ending is None:
+        return Postmortem(None, None, found.executions)
+    return _explain(found.scenario, header.config.profile, found.ending, found.executions)
+
+
+def reproduce(
+    records: Sequence[Record], rule: Rule, end: int, goes_on: Callable[[int, int], bool]
+) -> Reproduced:
+    """Executes windows before record number `end` until `rule` breaks.
+
+    `goes_on` is asked before each further execution, with the number of the window and of its executions so far.
+    """
     header = records[0]
     assert isinstance(header, Header)
     profile = header.config.profile
-    begin = clock()
     executions = 0
-    for messages in WINDOWS:
+    window = journal_window(records, end, WINDOWS[0])
+    for number, messages in enumerate(WINDOWS):
         window = journal_window(records, end, messages)
-        deadline = clock() + (seconds - (clock() - begin)) / 2
-        try:
-            for number in count():
-                executions += 1
-                ending = _in_order(window, profile, number)
-                if ending.failure is not None and ending.failure.rule is rule:
-                    return _explain(window.scenario, profile, ending, executions)
-                if clock() >= deadline:
+        with suppress(ScenarioError):  # a stretch that cannot be set up: a longer one begins elsewhere
+            for done in count():
+                if done and not goes_on(number, done):
                     break
-        except ScenarioError:
-            continue  # a longer stretch begins elsewhere
-    return Postmortem(None, None, executions)
+                executions += 1
+                ending = _in_order(window, profile, done)
+                if ending.failure is not None and ending.failure.rule is rule:
+                    return Reproduced(window.scenario, ending, executions)
+    return Reproduced(window.scenario, None, executions)
 
 
 def _in_order(window: Window, profile: str, number: int) -> Ending:
