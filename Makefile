@@ -14,6 +14,8 @@ READY := $(VENV)/.ready
 # What `make stress`, `make test`, `make bench`, `make mutants` and `make conform` are to do.
 STRESS_ARGS ?= --vcpus 4 --ops 200000 --workload mixed --seed 7
 PYTEST_ARGS ?=
+# Tests without processes and sockets: they run beside one another, the others one after another.
+PURE_TESTS := $(addprefix tests/,checker conform cpu explorer kvm machine protocol)
 BENCH_ARGS ?=
 MUTANTS_ARGS ?=
 STUDY_ARGS ?=
@@ -59,8 +61,13 @@ $(READY): pyproject.toml constraints.txt requirements/build.txt
 stress: $(READY) ## the main job: a stress run with real processes (STRESS_ARGS)
 	$(BIN)/shadowmmu stress $(STRESS_ARGS)
 
-test: $(READY) ## the tests (PYTEST_ARGS)
+test: $(READY) ## the tests (PYTEST_ARGS: only what these say)
+ifeq ($(strip $(PYTEST_ARGS)),)
+	$(BIN)/python -m pytest -n auto $(PURE_TESTS)
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(PURE_TESTS))
+else
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+endif
 
 check: lint types imports drift ## everything that reads the code without running it
 
