@@ -6,6 +6,7 @@ known observable, not found.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -21,31 +22,44 @@ __all__ = ["all_bugs"]
 
 FIXED_SHARE: Final = 0.25
 """Share of a bug's time that is spent on showing that all fixes together leave nothing to be found, at least."""
-LONGEST: Final = 60.0
+LONGEST: Final = 240.0
 """Seconds after which a bug is given up, however much time there is."""
 
 
 def all_bugs(budget: float, strategy: Strategy, seed: int, jobs: int, out: Path | None) -> int:
-    """Looks for all within `budget` seconds; the exit status."""
+    """Looks for all within `budget` seconds; the exit status.
+
+    What is not found in its share of the time is looked for again when all others are done, with what is left.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
     from shadowmmu.explorer.catalogue import BugHunt, catalogue_slugs, look_for_all
 
     slugs = catalogue_slugs()
-    each = min(LONGEST, budget * jobs / len(slugs))
-    hunts = [
-        BugHunt(slug, each * (1 - FIXED_SHARE) / 2, each * FIXED_SHARE / 2, seed, strategy) for slug in slugs
-    ]
+    begin = time.monotonic()
     results: dict[str, BugResult] = {}
+
+    def look(missing: list[str], seconds: float) -> None:
+        each = min(LONGEST, seconds * jobs / len(missing))
+        hunts = [
+            BugHunt(slug, each * (1 - FIXED_SHARE) / 2, each * FIXED_SHARE / 2, seed, strategy)
+            for slug in missing
+        ]
+        for result in look_for_all(hunts, jobs):
+            results[result.slug] = result
+            progress.update(task, completed=len(results), description=result.slug)
+
     console = Console()
     if not console.is_terminal:
         console = Console(width=max(console.width, 150))
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("bugs", total=len(slugs))
-        for result in look_for_all(hunts, jobs):
-            results[result.slug] = result
-            progress.update(task, advance=1, description=result.slug)
+        look(slugs, budget)
+        missing = [slug for slug in slugs if results[slug].too_little_time]
+        left = budget - (time.monotonic() - begin)
+        if missing and left > 0:
+            look(missing, left)
     ordered = [results[slug] for slug in slugs]
     console.print(_table(ordered, out))
     unexpected = [result.slug for result in ordered if not result.as_expected]

@@ -61,6 +61,13 @@ class BugResult(msgspec.Struct, frozen=True):
         return FIXES[self.slug].finding
 
     @property
+    def too_little_time(self) -> bool:
+        """Not found, though it is to be found and not all was seen."""
+        return (
+            self.found is None and self.expected is Finding.FOUND and not self.complete and not self.missing
+        )
+
+    @property
     def as_expected(self) -> bool:
         """Found if it is to be found, and only then; nothing with all fixes."""
         if self.missing:
