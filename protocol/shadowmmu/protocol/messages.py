@@ -22,6 +22,7 @@ U32: TypeAlias = Annotated[int, Meta(ge=0, le=0xFFFF_FFFF)]
 Frame: TypeAlias = Annotated[int, Meta(ge=0, le=(1 << 40) - 1)]
 AccessSize: TypeAlias = Annotated[int, Meta(ge=1, le=8)]
 Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=64)]
+ProfileName: TypeAlias = Annotated[str, Meta(min_length=1, max_length=4096)]  # every fix may be switched
 Text: TypeAlias = Annotated[str, Meta(max_length=1024)]
 VcpuId: TypeAlias = Annotated[int, Meta(ge=0, le=255)]
 Processor: TypeAlias = Annotated[int, Meta(ge=0, le=255)]
@@ -558,7 +559,7 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     memory_model: MemoryModel = MemoryModel.SC
     seed: U64 = 0
     ops: Annotated[int, Meta(ge=1, le=1 << 48)] = 100_000
-    profile: Name = "fixed"
+    profile: ProfileName = "fixed"
     vpid: bool = True
     audit: Audit = Audit.SAMPLED
     mutant: Mutant | None = None

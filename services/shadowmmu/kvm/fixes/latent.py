@@ -195,7 +195,7 @@ LATENT_FIXES: Final[tuple[Fix, ...]] = (
         years="2010-2011",
         status=FixStatus.LATENT,
         rules=(1, 8),
-        description="walks use the PDPTEs that the last write of CR3, CR0 or CR4 loaded; without it they load them from "
-        "memory each time (found here: docs/findings/pdpte-reread.md)",
+        description="walks use the PDPTEs that the last write of CR3, CR0 or CR4 loaded; without it they load them "
+        "from memory each time (found here: docs/findings/pdpte-reread.md)",
     ),
 )
