@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from shadowmmu.checker import Rule
-from shadowmmu.explorer.catalogue import buggy_profile, catalogue_slugs
+from shadowmmu.explorer.catalogue import catalogue_slugs, showing_profile
 from shadowmmu.explorer.diagram import draw
 from shadowmmu.explorer.diagram_svg import render_svg
 from shadowmmu.explorer.diagram_text import render_text
@@ -26,7 +26,7 @@ from shadowmmu.explorer.scenario import Scenario
 from shadowmmu.explorer.search import Budget, Search
 from shadowmmu.explorer.shrink import shrink
 from shadowmmu.explorer.strategy import Strategy
-from shadowmmu.kvm import FIXES, Fix
+from shadowmmu.kvm import FIXES, Finding, Fix
 
 FOLDER: Final = Path(__file__).parents[2] / "docs" / "bugs"
 EXECUTIONS: Final = 3000
@@ -47,10 +47,10 @@ def write_page(slug: str) -> str:
         (FOLDER / f"{slug}.md").write_text("\n".join([*lines, "There is no litmus test for it."]) + "\n")
         return f"{slug}: no litmus test"
     lines += [scenario.text.strip(), ""]
-    search = Search(scenario, buggy_profile(scenario), Strategy.PORTFOLIO, 0, no_clock)
-    search.run(Budget(executions=EXECUTIONS, first=True))
-    found = search.first
-    if found is None:
+    search = _search(scenario, Strategy.PORTFOLIO)
+    if search.first is None and fix.finding is Finding.FOUND:
+        search = _search(scenario, Strategy.BOUNDED)
+    if search.first is None:
         lines.append(
             f"Its litmus test shows nothing in {search.executions} executions of `{search.profile}`: "
             f"{fix.finding.value}. See [the notes](../BUGS_NOTES.md)."
@@ -60,6 +60,12 @@ def write_page(slug: str) -> str:
     lines += _execution(slug, scenario, search)
     (FOLDER / f"{slug}.md").write_text("\n".join(lines) + "\n")
     return ""
+
+
+def _search(scenario: Scenario, strategy: Strategy) -> Search:
+    search = Search(scenario, showing_profile(scenario), strategy, 0, no_clock)
+    search.run(Budget(executions=EXECUTIONS, first=True))
+    return search
 
 
 def _head(fix: Fix) -> list[str]:

@@ -20,7 +20,15 @@ from shadowmmu.explorer.shrink import Shrunk, shrink
 from shadowmmu.explorer.strategy import Strategy
 from shadowmmu.kvm import BASE_PROFILES, FIXES, Finding, FixStatus, Profile
 
-__all__ = ["BugHunt", "BugResult", "buggy_profile", "catalogue_slugs", "look_for", "look_for_all"]
+__all__ = [
+    "BugHunt",
+    "BugResult",
+    "buggy_profile",
+    "catalogue_slugs",
+    "look_for",
+    "look_for_all",
+    "showing_profile",
+]
 
 
 class BugHunt(msgspec.Struct, frozen=True):
@@ -87,6 +95,11 @@ def buggy_profile(scenario: Scenario) -> str:
     """
     if FIXES[scenario.bug].finding is not Finding.FOUND:
         return f"fixed-{scenario.bug}"
+    return showing_profile(scenario)
+
+
+def showing_profile(scenario: Scenario) -> str:
+    """The first profile without the fix that the test itself names, or all fixes but that one."""
     for profile, expectation in scenario.expect:
         lacks = scenario.bug not in Profile.parse(profile).fixes
         if lacks and expectation is Expectation.SOMETIMES and profile not in BASE_PROFILES:
