@@ -20,12 +20,13 @@ BENCH_ARGS ?=
 MUTANTS_ARGS ?=
 STUDY_ARGS ?=
 SOAK_ARGS ?=
+EXHAUSTIVE_ARGS ?=
 CONFORM_FILES ?= $(sort $(shell find tests -name '*.jsonl.gz'))
 
 # What ruff and mypy read, as far as it is there.
 SOURCES = $(wildcard protocol services workers tests benchmarks tools)
 
-.PHONY: help venv stress test check lint types imports drift bench conform coverage mutants study soak bugs compose constraints clean
+.PHONY: help venv stress test check lint types imports drift bench conform coverage mutants study exhaustive soak bugs compose constraints clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
@@ -98,6 +99,9 @@ coverage: $(READY) ## what the recordings reach of the model, and what only test
 # Goes on where it was stopped; works on a copy of the sources.
 study: $(READY) ## how long each strategy takes to find each bug (STUDY_ARGS); goes on where it was stopped
 	$(BIN)/python -m tools.study $(STUDY_ARGS)
+
+exhaustive: $(READY) ## all interleavings of every litmus test (EXHAUSTIVE_ARGS); goes on where it was stopped
+	$(BIN)/python -m tools.exhaustive $(EXHAUSTIVE_ARGS)
 
 soak: $(READY) ## long stress runs of fixed and linux-3.1 (SOAK_ARGS); goes on where it was stopped
 	$(BIN)/python -m tools.soak $(SOAK_ARGS)
