@@ -58,7 +58,7 @@ class Driven:
             self.submit(Attached(vcpu, vcpu + 1))
             for operation in boot(vcpu, self.config.mode):
                 self.submit(HostAsked(0, operation))
-            self.settle()
+                self.settle()  # registers are set at once: PDPTEs have to be in memory by then
         self.done.clear()
 
     def submit(self, item: Input) -> None:

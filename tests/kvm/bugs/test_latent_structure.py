@@ -138,6 +138,7 @@ def test_a16_roots_taken_before_one_that_is_outside_of_memory(profile: str, leak
     assert bool(world.kvm.active_mmu_pages) is leaks  # it can never be freed
     # With all PDPTEs in memory the roots are those of the PDPTEs.
     world.set_gpte(20, 2, 0, 0)
+    drive(set_regs(vcpu, CR0, 20 << 12, X86_CR4_PAE, EFER_NX))  # which loads them
     assert drive(vcpu_enter_guest(vcpu)).status is EntryStatus.OK
     assert [root != 0 for root in vcpu.mmu.pae_root] == [True, False, False, False]
 
