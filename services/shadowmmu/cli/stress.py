@@ -117,7 +117,8 @@ def stress(
             wait_seconds=wait_seconds,
             log_format=log_format,
         )
-        if status == VIOLATED_STATUS and reproduce > 0.0 and not json:
+        # A defect that was put in on purpose is in no scenario, so there is nothing to be looked for.
+        if status == VIOLATED_STATUS and reproduce > 0.0 and mutant is None and not json:
             from shadowmmu.cli.postmortem import show_postmortem
 
             show_postmortem(folder.path, reproduce)
