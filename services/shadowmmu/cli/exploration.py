@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -41,6 +42,7 @@ class SearchProgress:
         self._task = self._progress.add_task("setting up", total=budget.executions or budget.seconds)
 
     def __enter__(self) -> Self:
+        self._before = signal.signal(signal.SIGINT, self._interrupt)
         self._progress.start()
         return self
 
@@ -48,6 +50,10 @@ class SearchProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
+        signal.signal(signal.SIGINT, self._before)
+
+    def _interrupt(self, _number: int, _frame: object) -> None:
+        self.interrupted = True
 
     def __call__(self, search: Search) -> bool:
         if search.executions % 16 == 0:

@@ -47,7 +47,7 @@ def explore(
     budget: Annotated[
         float | None,
         typer.Option(
-            "--budget", min=0.0, help="Longest time in seconds, for all tests.", rich_help_panel=_SEARCH
+            "--budget", min=0.1, help="Longest time in seconds, for all tests.", rich_help_panel=_SEARCH
         ),
     ] = None,
     executions: Annotated[
@@ -233,7 +233,7 @@ def _explore(
         else:
             reports = list(run_all(specs, jobs))
             interrupted = False
-    except (ScenarioError, ValueError) as error:
+    except (ScenarioError, ValueError, OSError) as error:
         typer.echo(f"shadowmmu explore: {error}", err=True)
         return 2
     for scenario in scenarios:

@@ -147,11 +147,14 @@ class Search:
         )
 
     def restore(self, data: bytes) -> None:
-        """Go on from what `state` returned. Raises ValueError if that was of another search."""
-        state: dict[str, Any] = msgspec.msgpack.decode(data)
+        """Go on from what `state` returned. Raises ValueError if that was of another search, or of none."""
+        try:
+            state: dict[str, Any] = msgspec.msgpack.decode(data, type=dict[str, Any])
+        except msgspec.DecodeError as error:
+            raise ValueError(f"this is no state of a search: {error}") from error
         mine = [self.scenario.name, self.profile, self.strategy.value, self.seed]
-        if state["search"] != mine:
-            raise ValueError(f"the state is of the search {state['search']}, not of {mine}")
+        if state.get("search") != mine:
+            raise ValueError(f"the state is of the search {state.get('search')}, not of {mine}")
         for source, saved in zip(self.sources, state["sources"], strict=True):
             source.restore(saved)
         self._turn = state["turn"]

@@ -142,9 +142,8 @@ class World:
         self.frames_in_use = sorted(
             {gpa >> 12 for gpa, _ in scenario.words} | {gfn for _, gfn in scenario.frames}
         )
-        self._held = (
-            workload is not None
-        )  # its programs are there from the beginning, and wait for the end of it
+        # A workload's programs are there from the beginning, and wait for the end of the set-up.
+        self._held = workload is not None
         self._boot(config)
         self._held = False
         for step in scenario.setup:
@@ -241,7 +240,13 @@ class World:
         if self._held or program.done:
             return False
         awaited = program.awaits
-        return awaited is None or self.machine.memory.read(awaited[0], 8) == awaited[1]
+        return awaited is None or self._word(awaited[0]) == awaited[1]
+
+    def _word(self, gpa: int) -> int:
+        """A word of guest memory; 0 where there is none any more, because the slot was deleted or moved."""
+        if self.machine.kvm.gfn_to_memslot(gpa >> 12) is None:
+            return 0
+        return self.machine.memory.read(gpa, 8)
 
     def _host_task(self, number: int) -> Task | None:
         return next((t for t in self.machine.tasks() if t.lane is None and t.ticket == number + 1), None)
@@ -413,7 +418,7 @@ class World:
         frames = dict(self.scenario.frames)
         for text in filter(None, (self.scenario.forbidden, self.scenario.exists)):
             for name, index in sorted(memory_words(parse_condition(text))):
-                values[f"{name}[{index}]"] = self.machine.memory.read((frames[name] << 12) + 8 * index, 8)
+                values[f"{name}[{index}]"] = self._word((frames[name] << 12) + 8 * index)
         return values
 
     def outcome(self) -> Outcome:
