@@ -213,7 +213,8 @@ def _freeze(thing: Any) -> Hashable:
     if kind is int:
         return thing if 0 <= thing <= _SMALL else (thing >> _SMALL_BITS, thing & _SMALL)
     if kind in _ATOMS:
-        return thing  # type: ignore[no-any-return]
+        atom: Hashable = thing
+        return atom
     known = _BY_TYPE.get(kind)
     if known is not None:
         return known(thing)

@@ -120,24 +120,22 @@ class Looked(msgspec.Struct, frozen=True):
 
 def look_at(look: Look) -> Looked:
     """Executes a small guest, more often if it shows something new, until it fails; or a long run, once."""
-    return (
-        _look_at_run(look) if look.number % RUN_PERIOD >= RUN_PERIOD - RUNS_AT_ONCE else _look_at_guest(look)
-    )
-
-
-def _look_at_run(look: Look) -> Looked:
-    caught = None
-    executions = 1
+    is_run = look.number % RUN_PERIOD >= RUN_PERIOD - RUNS_AT_ONCE
     try:
-        ran = execute_run(look.seed, look.profile)
-        executions = ran.executions
-        if ran.scenario is not None and ran.failure is not None:
-            caught = _catch(look, ran.scenario, ran.failure, ran.schedule)
+        return _look_at_run(look) if is_run else _look_at_guest(look)
     except Exception:  # noqa: BLE001 - whatever fails in a process of its own has to be told
         text = traceback.format_exc(limit=-4)
         cause = Cause(CauseKind.CRASH, detail=text.rstrip().rpartition("\n")[2])
-        caught = Caught(generate(look.seed), look.profile, (), None, text, cause)
-    return Looked(look.number, look.seed, executions, "0", caught)
+        crash = Caught(generate(look.seed), look.profile, (), None, text, cause)
+        return Looked(look.number, look.seed, 1, "0", crash)
+
+
+def _look_at_run(look: Look) -> Looked:
+    ran = execute_run(look.seed, look.profile)
+    caught = None
+    if ran.scenario is not None and ran.failure is not None:
+        caught = _catch(look, ran.scenario, ran.failure, ran.schedule)
+    return Looked(look.number, look.seed, ran.executions, "0", caught)
 
 
 def _look_at_guest(look: Look) -> Looked:
@@ -149,9 +147,8 @@ def _look_at_guest(look: Look) -> Looked:
     scenario = generate(look.seed)
     try:
         while executions < wanted and caught is None:
-            ending = execute(
-                scenario, look.profile, _chooser(look.seed, executions, steps), coverage=coverage
-            )
+            chooser = _chooser(look.seed, executions, steps)
+            ending = execute(scenario, look.profile, chooser, coverage=coverage)
             executions += 1
             steps |= Counter(ending.schedule)
             if ending.failure is not None:
@@ -162,10 +159,6 @@ def _look_at_guest(look: Look) -> Looked:
                 wanted = min(executions + EXECUTIONS, MOST_EXECUTIONS)
     except ScenarioError:
         pass  # a guest that cannot even be set up shows nothing
-    except Exception:  # noqa: BLE001 - whatever fails in a process of its own has to be told
-        text = traceback.format_exc(limit=-4)
-        cause = Cause(CauseKind.CRASH, detail=text.rstrip().rpartition("\n")[2])
-        caught = Caught(scenario, look.profile, (), None, text, cause)
     return Looked(look.number, look.seed, executions, f"{_bits(coverage):x}", caught)
 
 
