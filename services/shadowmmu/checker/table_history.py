@@ -106,12 +106,10 @@ class TableHistory:
             if level in table.levels:
                 continue
             table.levels.add(level)
-            frame = self._memory.frame(gfn)
+            words = list(filter(None, self._memory.frame(gfn)))
             if is_table_level(level):
-                stack += [
-                    (child, below, gfn) for word in frame if word for child, below in _children(level, word)
-                ]
-            if not table.may_global and any(word and _is_global(level, word) for word in frame):
+                stack += [(child, below, gfn) for word in words for child, below in _children(level, word)]
+            if not table.may_global and any(_is_global(level, word) for word in words):
                 self._make_global(gfn)
 
     def _make_global(self, gfn: int) -> None:

@@ -109,6 +109,7 @@ class Machine:
         self.kvm = k.Kvm(kvm or kvm_config(config), trace=self._trace)
         self._stepwise = stepwise
         self._at_memory_point: Task | None = None
+        self.audited = True  # off for steps whose audits are known
         self.host = self.kvm.host
         self.memory = self.kvm.memory
         self.tables = ShadowTables(self.kvm)
@@ -633,8 +634,9 @@ class Machine:
             case HostResult():
                 self.coverage.outcomes[f"{task.name}.done"] += 1
                 self.outputs.append(HostDone(task.ticket, value.result, value.gfns))
-        if self.config.audit is m.Audit.ALWAYS or (
-            self.config.audit is m.Audit.SAMPLED and self.choices.chance(AUDIT_SAMPLE_RATE)
+        if self.audited and (
+            self.config.audit is m.Audit.ALWAYS
+            or (self.config.audit is m.Audit.SAMPLED and self.choices.chance(AUDIT_SAMPLE_RATE))
         ):
             self.audit()
 

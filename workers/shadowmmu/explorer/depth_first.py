@@ -128,8 +128,7 @@ class DepthFirst:
         world = World(self._scenario, self._profile, coverage=self._coverage)
         world.track_footprints = self._reduce
         path = self._path
-        for node in path[:-1]:
-            world.step(node.chosen)
+        world.replay([node.chosen for node in path[:-1]])
         if path:
             self._take(world, path[-1])
         while True:

@@ -4,7 +4,8 @@
 test can be done with it: read it, change it, shrink it, keep it. It has one to three vCPUs on one small graph of
 tables, a set-up that fills TLBs and puts tables out of sync, a few idioms of guest kernels per vCPU
 (`generate_idioms`), and a few host operations. Operands are drawn so that things collide: few tables, frames and
-addresses. Nothing here knows the catalogue of bugs.
+addresses, and each guest has only some of the idioms and operations (`generate_subset`). Nothing here knows the catalogue of
+bugs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from shadowmmu.explorer.generate_idioms import IdiomWriter
+from shadowmmu.explorer.generate_subset import some_of
 from shadowmmu.explorer.generate_tables import (
     LARGE_FRAMES,
     Entry,
@@ -141,55 +143,72 @@ def _setup(draw: random.Random, guest: GuestTables, writer: IdiomWriter, vcpus: 
 # --- the host ----------------------------------------------------------------------------------------------------
 
 
+HOST_OPERATIONS: Final = {
+    "unmap": 6.0,
+    "reclaim": 6.0,
+    "unmap_range": 4.0,
+    "move": 5.0,
+    "age": 3.0,
+    "reclaim_idle": 2.0,
+    "shrink": 3.0,
+    "zap_all": 2.0,
+    "mmu_pages": 0.5,
+    "migrate": 1.0,
+    "get_dirty_log": 2.0,
+}
+"""What the host does to small pages, with how often."""
+
+
 def _hosts(draw: random.Random, guest: GuestTables, backing: str, vcpus: int) -> list[list[str]]:
-    threads = draw.choices((0, 1, 2), (35, 50, 15))[0]
+    threads = draw.choices((0, 1, 2), (30, 55, 15))[0]
     operations = draw.randint(threads, 4) if threads else 0
     writes = draw.random() < 0.15  # a device that stores where tables are
+    kinds = some_of(draw, HOST_OPERATIONS)
     programs: list[list[str]] = [[] for _ in range(threads)]
     for number in range(operations):
-        programs[number % threads] += _host_operation(draw, guest, backing, vcpus, writes=writes)
+        program = programs[number % threads]
+        if writes and draw.random() < 0.6:
+            program.append(_device_store(draw, guest))
+        else:
+            program += _host_operation(draw, guest, backing, vcpus, kinds)
     return [program for program in programs if program]
 
 
 def _host_operation(
-    draw: random.Random, guest: GuestTables, backing: str, vcpus: int, *, writes: bool
+    draw: random.Random, guest: GuestTables, backing: str, vcpus: int, kinds: dict[str, float]
 ) -> list[str]:
-    if writes and draw.random() < 0.6:
-        return [_device_store(draw, guest)]
-    small = [*guest.data, *guest.data, *guest.near]
-    if backing != "2m":
-        small += guest.far
-    frame = draw.choice(small)
-    if guest.favourite_frame and draw.random() < 0.5:
-        frame = guest.favourite_frame
     slot = draw.randrange(2) if guest.large else 0
-    kinds = {
-        f"unmap {frame}": 6.0,
-        f"reclaim {frame}": 6.0,
-        f"unmap_range {frame} 1": 4.0,
-        f"move {frame} {draw.choice(('rw', 'ro'))}": 5.0,
-        f"age {frame}": 3.0,
-        f"reclaim_idle {frame}": 2.0,
-        f"shrink {draw.choice((1, 4))}": 3.0,
-        "zap_all": 2.0,
-        f"mmu_pages {64}": 0.5,
-        f"migrate v{draw.randrange(vcpus)} {draw.randrange(2)}": 1.0,
-        f"get_dirty_log {slot}": 2.0,
-    }
     if draw.random() < 0.2:
         return [f"dirty_log {slot} on", f"get_dirty_log {slot}"]
+    if guest.devices and draw.random() < 0.4:
+        return [draw.choice(("set_slot 2 device 8", "delete_slot 2"))]
     if guest.large and draw.random() < 0.3:
         first = draw.choice(guest.large)
-        kinds = {
+        large = {
             f"unmap_range {first} {guest.shape.large_pages}": 3.0,
             "dirty_log 1 on": 2.0,
             "dirty_log 1 off": 2.0,
             "delete_slot 1": 1.0,
             f"set_slot 1 {LARGE_FRAMES + LARGE_SLOT_PAGES} {LARGE_SLOT_PAGES}": 1.0,
         }
-    if guest.devices and draw.random() < 0.4:
-        return [draw.choice(("set_slot 2 device 8", "delete_slot 2"))]
-    return draw.choices(list(kinds), list(kinds.values()))[:1]
+        return draw.choices(list(large), list(large.values()))
+    small = [*guest.data, *guest.data, *guest.near]
+    if backing != "2m":
+        small += guest.far
+    frame = draw.choice(small)
+    if guest.favourite_frame and draw.random() < 0.5:
+        frame = guest.favourite_frame
+    operands = {
+        "unmap_range": f"{frame} 1",
+        "move": f"{frame} {draw.choice(('rw', 'ro'))}",
+        "shrink": draw.choice(("1", "4")),
+        "zap_all": "",
+        "mmu_pages": "64",
+        "migrate": f"v{draw.randrange(vcpus)} {draw.randrange(2)}",
+        "get_dirty_log": str(slot),
+    }
+    kind = draw.choices(list(kinds), list(kinds.values()))[0]
+    return [f"{kind} {operands.get(kind, frame)}".rstrip()]
 
 
 def _device_store(draw: random.Random, guest: GuestTables) -> str:

@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable
 from typing import Final
 
+from shadowmmu.explorer.generate_subset import some_of
 from shadowmmu.explorer.generate_tables import (
     DATA_INDICES,
     UPPER_INDICES,
@@ -44,26 +45,26 @@ class IdiomWriter:
         self._user_rate = draw.choice((0.1, 0.35, 0.6))
         self._store_rate = draw.choice((0.3, 0.5, 0.7))
         self._tidy_rate = draw.choice((0.2, 0.5, 0.8))
-        self._idioms, self._weights = zip(
-            (self.touch, 30),
-            (self._change_page, 22),
-            (self._change_rights, 12),
-            (self._link, 12),
-            (self._relink, 9),
-            (self._recycle, 11),
-            (self._resize, 6 if guest.large else 0),
-            (self._move_page, 4),
-            (self._contend, 7 if vcpus > 1 else 0),
-            (self._invalidate, 8),
-            (self._toggle, 1.5),
-            strict=True,
-        )
+        weights: dict[Callable[[], Lines], float] = {
+            self._change_page: 22,
+            self._change_rights: 12,
+            self._link: 12,
+            self._relink: 9,
+            self._share: 6,
+            self._recycle: 11,
+            self._resize: 6 if guest.large else 0,
+            self._move_page: 4,
+            self._contend: 7 if vcpus > 1 else 0,
+            self._invalidate: 8,
+            self._toggle: 1.5,
+        }
+        self._weights: dict[Callable[[], Lines], float] = {self.touch: 20.0, **some_of(draw, weights)}
 
     def idiom(self, vcpu: int) -> dict[int, Lines]:
         """The next idiom, of that vCPU."""
         self._vcpu = vcpu
         self._elsewhere = {}
-        idiom: Callable[[], Lines] = self._draw.choices(self._idioms, self._weights)[0]
+        idiom = self._draw.choices(list(self._weights), list(self._weights.values()))[0]
         return {vcpu: idiom(), **self._elsewhere}
 
     def _other(self) -> int:
@@ -211,6 +212,31 @@ class IdiomWriter:
         if self._vcpus > 1 and draw.random() < 0.4:
             self._elsewhere[self._other()] = [*self._flush([]), *self._touch_through(changed)]
         return lines
+
+    def _share(self) -> Lines:
+        """Links a table at a second place (page-table sharing), where somebody uses what is below it."""
+        draw, guest = self._draw, self._guest
+        place = self._place(2, guest.shape.levels)
+        old = guest.entries.get((place.table, place.number))
+        if old is None or "l" in old.flags:
+            return self._link()
+        used = guest.through(place)
+        below = [
+            lower
+            for address in used
+            for lower, _ in guest.path(address)
+            if lower.level == 1 and lower.table in guest.near
+        ]
+        lines: Lines = []
+        for lower in below[: draw.randint(0, 2)]:
+            lines += self.set_entry(lower, draw_entry(draw, guest, 1))
+        again = Place(place.table, draw.choice(UPPER_INDICES), place.level)
+        lines += self.set_entry(again, old)
+        aliases = [guest.alias(address, again) for address in used]
+        users = [self.touch(draw.choice(aliases)) for _ in range(2)] if aliases else [[], []]
+        if self._vcpus > 1:
+            self._elsewhere[self._other()] = users[1]
+        return lines + users[0]
 
     def _recycle(self) -> Lines:
         """A data page becomes a page table: unmapped or not, it is linked and used."""

@@ -124,6 +124,16 @@ class GuestTables:
             if any((used.table, used.number) == (place.table, place.number) for used, _ in self.path(address))
         ]
 
+    def alias(self, address: Address, place: Place) -> Address:
+        """The address that differs from `address` in the index at the level of `place`; a new one gets a name."""
+        at = self.shape.levels - place.level
+        indices = (*address.indices[:at], place.number, *address.indices[at + 1 :])
+        known = next((other for other in self.addresses if other.indices == indices), None)
+        if known is not None:
+            return known
+        self.addresses.append(Address(f"a{len(self.addresses)}", indices))
+        return self.addresses[-1]
+
     def mapping(self, frame: str) -> list[Address]:
         """The addresses that are mapped to a frame."""
         return [

@@ -10,7 +10,7 @@ Relies on `shadowmmu.machine` in its stepwise form, where operations stop at eve
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from shadowmmu.checker import Checker, Rule, Violation
@@ -269,6 +269,13 @@ class World:
                 lane is not None and lane.runnable,
             )
         self._look(actor)
+
+    def replay(self, schedule: Iterable[Actor]) -> None:
+        """Steps that were taken before, from here: what they lead to is not audited again."""
+        self.machine.audited = False
+        for actor in schedule:
+            self.step(actor)
+        self.machine.audited = True
 
     def _take(self, actor: Actor) -> None:
         number = actor % KIND
