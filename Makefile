@@ -15,7 +15,7 @@ READY := $(VENV)/.ready
 STRESS_ARGS ?= --vcpus 4 --ops 200000 --workload mixed --seed 7
 PYTEST_ARGS ?=
 # Tests without processes and sockets: they run beside one another, the others one after another.
-PURE_TESTS := $(addprefix tests/,checker conform cpu explorer kvm machine protocol)
+PURE_TESTS := $(addprefix tests/,checker conform cpu explorer kvm machine protocol tools)
 BENCH_ARGS ?=
 MUTANTS_ARGS ?=
 STUDY_ARGS ?=

@@ -11,19 +11,17 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import msgspec
-from rich.console import Console
-from rich.progress import Progress
 
 from shadowmmu.explorer.depth_first import DepthFirst
 from shadowmmu.explorer.library import library_files
 from shadowmmu.explorer.litmus import load_litmus
 from shadowmmu.explorer.outcome import format_outcome
+from tools.ledger import Ledger, run_all
 from tools.revision import revision
 
 ROOT: Final = Path(__file__).parents[2]
@@ -51,8 +49,9 @@ class Result(msgspec.Struct, frozen=True):
     revision: str
 
 
-def search(cell: Cell, limit: float, of: str) -> Result:
-    """Runs one search, for `limit` seconds at most."""
+def search(cell: Cell, limit: float, plain_limit: float, of: str) -> Result:
+    """Runs one search, for `limit` seconds at most, or without reductions for `plain_limit`."""
+    limit = limit if cell.reduced else plain_limit
     path = next(path for path in library_files() if path.stem == cell.test)
     depth_first = DepthFirst(load_litmus(path), PROFILE, reduce=cell.reduced)
     outcomes: set[str] = set()
@@ -73,14 +72,6 @@ def search(cell: Cell, limit: float, of: str) -> Result:
     )
 
 
-def read_ledger() -> dict[Cell, Result]:
-    """The results so far."""
-    if not LEDGER.exists():
-        return {}
-    lines = LEDGER.read_bytes().splitlines()
-    return {result.cell: result for result in (msgspec.json.decode(line, type=Result) for line in lines)}
-
-
 def main() -> None:
     """Runs what is missing, then writes the page."""
     parser = argparse.ArgumentParser(prog="make exhaustive", description=__doc__)
@@ -91,11 +82,14 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="those that were cut off, once more")
     parser.add_argument("--page", action="store_true", help="only write the page")
     arguments = parser.parse_args()
-    if arguments.fresh:
-        LEDGER.unlink(missing_ok=True)
-    results = read_ledger()
+    ledger = Ledger(LEDGER, Result, fresh=arguments.fresh)
     if not arguments.page:
-        _run_all(arguments, results)
+        known = {result.cell for result in ledger.results if result.complete or not arguments.again}
+        cells = [Cell(path.stem, reduced) for reduced in (True, False) for path in library_files()]
+        missing = [cell for cell in cells if cell not in known]
+        work = partial(search, limit=arguments.limit, plain_limit=arguments.plain_limit, of=revision(ROOT))
+        run_all(missing, work, arguments.jobs, ledger, lambda result: result.cell.test)
+    results = {result.cell: result for result in ledger.results}
     PAGE.write_text(page(results), encoding="utf-8")
     wrong = [test for test in sorted({cell.test for cell in results}) if _wrong(results, test)]
     cut = [cell.test for cell, result in results.items() if cell.reduced and not result.complete]
@@ -103,29 +97,6 @@ def main() -> None:
         f"{len(results)} searches; cut off: {', '.join(cut) or 'none'}; wrong: {', '.join(wrong) or 'none'}; {PAGE}"
     )
     sys.exit(1 if wrong else 0)
-
-
-def _run_all(arguments: argparse.Namespace, results: dict[Cell, Result]) -> None:
-    of = revision(ROOT)
-    cells = [Cell(path.stem, reduced) for reduced in (True, False) for path in library_files()]
-    missing = [
-        cell for cell in cells if cell not in results or (arguments.again and not results[cell].complete)
-    ]
-    with (
-        Progress(console=Console(stderr=True)) as progress,
-        LEDGER.open("ab", buffering=0) as ledger,
-        ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool,
-    ):
-        task = progress.add_task("searches", total=len(missing))
-        futures = [
-            pool.submit(search, cell, arguments.limit if cell.reduced else arguments.plain_limit, of)
-            for cell in missing
-        ]
-        for future in as_completed(futures):
-            result = future.result()
-            results[result.cell] = result
-            ledger.write(msgspec.json.encode(result) + b"\n")
-            progress.update(task, advance=1, description=result.cell.test)
 
 
 def _wrong(results: dict[Cell, Result], test: str) -> bool:

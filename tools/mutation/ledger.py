@@ -12,6 +12,7 @@ from typing import Final
 
 import msgspec
 
+from tools.ledger import Ledger as Lines
 from tools.mutation.bench import RECORDINGS
 from tools.mutation.mutant import MODEL, ROOT, Mutant
 from tools.mutation.trial import Verdict
@@ -51,12 +52,8 @@ class Ledger:
         self.model = digest([ROOT / MODEL])
         self.evidence = digest(EVIDENCE)
         self._revision = revision(ROOT / MODEL)
-        self.results: dict[str, Result] = {}
-        if FILE.exists():
-            for line in FILE.read_bytes().splitlines():
-                result = msgspec.json.decode(line, type=Result)
-                if self._holds(result):
-                    self.results[result.id] = result
+        self._lines = Lines(FILE, Result)
+        self.results = {result.id: result for result in self._lines.results if self._holds(result)}
 
     def _holds(self, result: Result) -> bool:
         if result.model != self.model:
@@ -84,8 +81,7 @@ class Ledger:
             self._revision,
         )
         self.results[mutant.id] = result
-        with FILE.open("ab") as file:
-            file.write(msgspec.json.encode(result) + b"\n")
+        self._lines.add(result)
         return result
 
     def tidy(self, mutants: Iterable[Mutant]) -> None:

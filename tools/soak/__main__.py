@@ -19,6 +19,7 @@ from typing import Final
 import msgspec
 
 from shadowmmu.protocol.messages import Workload
+from tools.ledger import Ledger
 from tools.revision import revision
 
 ROOT: Final = Path(__file__).parents[2]
@@ -42,13 +43,6 @@ class Run(msgspec.Struct, frozen=True):
     revision: str
 
 
-def read_ledger() -> list[Run]:
-    """The runs so far."""
-    if not LEDGER.exists():
-        return []
-    return [msgspec.json.decode(line, type=Run) for line in LEDGER.read_bytes().splitlines()]
-
-
 def main() -> None:
     """Runs what is missing, then writes the page."""
     parser = argparse.ArgumentParser(prog="make soak", description=__doc__)
@@ -62,30 +56,29 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="forget what was run")
     parser.add_argument("--page", action="store_true", help="only write the page")
     arguments = parser.parse_args()
-    if arguments.fresh:
-        LEDGER.unlink(missing_ok=True)
-    runs = read_ledger()
+    ledger = Ledger(LEDGER, Run, fresh=arguments.fresh)
+    runs = ledger.results
     if not arguments.page:
-        _run_all(arguments, runs)
+        _run_all(arguments, ledger)
     PAGE.write_text(page(runs), encoding="utf-8")
     bad = [run for run in runs if run.profile == "fixed" and run.status != 0]
     print(f"{len(runs)} runs, {len(bad)} of fixed not clean; {PAGE}")
     sys.exit(1 if bad else 0)
 
 
-def _run_all(arguments: argparse.Namespace, runs: list[Run]) -> None:
+def _run_all(arguments: argparse.Namespace, ledger: Ledger[Run]) -> None:
     of = revision(ROOT)
     share = arguments.seconds / len(Workload)
     for workload in Workload:
         for profile in PROFILES:
             while True:
-                mine = [run for run in runs if (run.profile, run.workload) == (profile, workload.value)]
+                mine = [
+                    run for run in ledger.results if (run.profile, run.workload) == (profile, workload.value)
+                ]
                 if sum(run.seconds for run in mine) >= share:
                     break
                 run = _run(arguments, profile, workload.value, FIRST_SEED + len(mine), of)
-                runs.append(run)
-                with LEDGER.open("ab") as ledger:
-                    ledger.write(msgspec.json.encode(run) + b"\n")
+                ledger.add(run)
                 print(
                     f"{profile} {workload.value} seed {run.seed}: status {run.status} {run.rule}", flush=True
                 )

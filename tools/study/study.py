@@ -10,20 +10,18 @@ import argparse
 import itertools
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import msgspec
-from rich.console import Console
-from rich.progress import Progress
 
 from shadowmmu.explorer.catalogue import buggy_profile, catalogue_slugs
 from shadowmmu.explorer.library import bug_test
 from shadowmmu.explorer.search import Budget, Search
 from shadowmmu.explorer.strategy import Strategy
 from shadowmmu.kvm import FIXES, Finding
+from tools.ledger import Ledger, run_all
 from tools.revision import revision
 
 ROOT: Final = Path(__file__).parents[2]
@@ -74,14 +72,6 @@ def cells(seeds: int) -> list[Cell]:
     ]
 
 
-def read_ledger() -> dict[Cell, Result]:
-    """The results so far."""
-    if not LEDGER.exists():
-        return {}
-    lines = LEDGER.read_bytes().splitlines()
-    return {result.cell: result for result in (msgspec.json.decode(line, type=Result) for line in lines)}
-
-
 def main() -> None:
     """Measures what is missing, then writes the page."""
     parser = argparse.ArgumentParser(prog="make study", description=__doc__)
@@ -91,29 +81,15 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="forget what was measured")
     parser.add_argument("--page", action="store_true", help="only write the page")
     arguments = parser.parse_args()
-    if arguments.fresh:
-        LEDGER.unlink(missing_ok=True)
-    results = read_ledger()
+    ledger = Ledger(LEDGER, Result, fresh=arguments.fresh)
     if not arguments.page:
-        missing = [cell for cell in cells(arguments.seeds) if cell not in results]
-        _measure_all(missing, arguments.limit, arguments.jobs, results)
+        known = {result.cell for result in ledger.results}
+        missing = [cell for cell in cells(arguments.seeds) if cell not in known]
+        work = partial(measure, limit=arguments.limit, of=revision(ROOT))
+        run_all(missing, work, arguments.jobs, ledger, lambda result: result.cell.slug)
+    results = {result.cell: result for result in ledger.results}
     PAGE.write_text(page(results, arguments.limit), encoding="utf-8")
     print(f"{len(results)} cells; {PAGE}")
-
-
-def _measure_all(missing: list[Cell], limit: float, jobs: int, results: dict[Cell, Result]) -> None:
-    of = revision(ROOT)
-    with (
-        Progress(console=Console(stderr=True)) as progress,
-        LEDGER.open("ab", buffering=0) as ledger,
-        ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool,
-    ):
-        task = progress.add_task("cells", total=len(missing))
-        for future in as_completed([pool.submit(measure, cell, limit, of) for cell in missing]):
-            result = future.result()
-            results[result.cell] = result
-            ledger.write(msgspec.json.encode(result) + b"\n")
-            progress.update(task, advance=1, description=result.cell.slug)
 
 
 def page(results: dict[Cell, Result], limit: float) -> str:

@@ -4,8 +4,8 @@
 test can be done with it: read it, change it, shrink it, keep it. It has one to three vCPUs on one small graph of
 tables, a set-up that fills TLBs and puts tables out of sync, a few idioms of guest kernels per vCPU
 (`generate_idioms`), and a few host operations. Operands are drawn so that things collide: few tables, frames and
-addresses, and each guest has only some of the idioms and operations (`generate_subset`). Nothing here knows the catalogue of
-bugs.
+addresses, and each guest has only some of the idioms and operations (`generate_subset`). Nothing here knows the
+catalogue of bugs.
 """
 
 from __future__ import annotations
