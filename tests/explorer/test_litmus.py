@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -163,6 +164,27 @@ def test_host_operations(line: str, expected: m.HostOperation) -> None:
     assert host_operation(line) == expected
 
 
+def test_a_host_operation_begins_when_memory_has_the_value_that_it_waits_for() -> None:
+    text = f"""
+    setup = "v0: load @G"
+    {TABLES}
+    [memory]
+    "G[0]" = 0
+    [[vcpu]]
+    program = '''
+    store @G = 1
+    r0 = load @G[2]
+    '''
+    [[host]]
+    program = "write G[2] = 5 when G[0] = 1"
+    """
+    scenario = parse_litmus(text.replace("    ", ""), "test")
+    outcomes = {execute(scenario, "fixed", RandomChooser(seed)).outcome for seed in range(20)}
+    assert outcomes == {(("v0:r0", 0),), (("v0:r0", 5),)}
+    never = msgspec.structs.replace(scenario, programs=((), ()))
+    assert execute(never, "fixed", RandomChooser(0)).failure is None
+
+
 def test_a_vcpu_without_a_program_has_an_empty_one() -> None:
     scenario = parse_litmus(f"[machine]\nvcpus = 3\n{TABLES}\n[[vcpu]]\nprogram = 'load x'", "test")
     assert [len(program) for program in scenario.programs] == [1, 0, 0]
@@ -289,6 +311,7 @@ def test_every_key_instruction_and_operation_is_documented() -> None:
         ("forbidden = '1 < fault'", "test.forbidden: '1 < fault': only == and != compare with a fault"),
         ("forbidden = 'root[0] + 1 == 2'", "'root[0] + 1' is no register vN:rM, word NAME[i], number or fault"),
         ("forbidden = 'root[0]'", "'root[0]' is neither a comparison nor and, or, not"),
+        ("setup = 'host: zap_all when root[0] = 1'", "the lines of the set-up come one after another, without `when`"),
         ("exists = 'v1:r0 == 1'", "test.exists: no instruction of a program has its result in v1:r0"),
     ],
 )  # fmt: skip
@@ -349,6 +372,8 @@ def test_a_wrong_instruction_is_quoted(line: str, said: str) -> None:
         ("migrate v2 0", "'v2' is no vCPU"),
         ("shrink -1", "-1 is no number of 64 bits"),
         ("write G = 1", "'G' is not NAME[index]"),
+        ("zap_all when G", "OPERATION when NAME[index] = VALUE"),
+        ("zap_all when G[512] = 1", "index 512 is beyond the frame's 512 words of 8 bytes"),
         ("write G[512] = 1", "index 512 is beyond"),
     ],
 )

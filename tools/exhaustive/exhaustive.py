@@ -75,6 +75,7 @@ def search(cell: Cell, limit: float, plain_limit: float, of: str) -> Result:
 def main() -> None:
     """Runs what is missing, then writes the page."""
     parser = argparse.ArgumentParser(prog="make exhaustive", description=__doc__)
+    parser.add_argument("tests", nargs="*", help="names of litmus tests; all without")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds per search with reductions")
     parser.add_argument("--plain-limit", type=float, default=30.0, help="seconds per search without")
     parser.add_argument("--jobs", type=int, default=2)
@@ -85,7 +86,8 @@ def main() -> None:
     ledger = Ledger(LEDGER, Result, fresh=arguments.fresh)
     if not arguments.page:
         known = {result.cell for result in ledger.results if result.complete or not arguments.again}
-        cells = [Cell(path.stem, reduced) for reduced in (True, False) for path in library_files()]
+        names = arguments.tests or [path.stem for path in library_files()]
+        cells = [Cell(name, reduced) for reduced in (True, False) for name in names]
         missing = [cell for cell in cells if cell not in known]
         work = partial(search, limit=arguments.limit, plain_limit=arguments.plain_limit, of=revision(ROOT))
         run_all(missing, work, arguments.jobs, ledger, lambda result: result.cell.test)

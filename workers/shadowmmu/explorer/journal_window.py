@@ -34,7 +34,7 @@ from shadowmmu.explorer.workload import describe_operation
 from shadowmmu.explorer.workload_program import describe_instruction
 from shadowmmu.kvm import Kvm
 from shadowmmu.kvm.gpte import GuestFormat
-from shadowmmu.machine import Header, HostAsked, JournalError, Machine, Record, Replayer, VcpuSent
+from shadowmmu.machine import Attached, Header, HostAsked, JournalError, Machine, Record, Replayer, VcpuSent
 from shadowmmu.protocol import messages as m
 from shadowmmu.protocol.events import AccessFlag
 
@@ -51,7 +51,7 @@ class Window(NamedTuple):
 
 
 def journal_window(records: Sequence[Record], end: int, messages: int) -> Window:
-    """The last `messages` messages of vCPUs up to record number `end`.
+    """The last `messages` messages of vCPUs up to record number `end`, none from before all vCPUs were ready.
 
     `records` are those of a journal, the header first. Raises JournalError if they do not begin with one.
     """
@@ -60,7 +60,8 @@ def journal_window(records: Sequence[Record], end: int, messages: int) -> Window
         raise JournalError("record 0: a header is expected")
     start = end
     left = messages
-    while start > 1 and left:
+    first = 1 + max((number for number in range(1, end + 1) if _prepares(records[number])), default=0)
+    while start > first and left:
         start -= 1
         left -= isinstance(records[start], VcpuSent)
     replayer = Replayer(header)
@@ -90,6 +91,13 @@ def journal_window(records: Sequence[Record], end: int, messages: int) -> Window
         profile=config.profile,
     )
     return Window(scenario, tuple(order))
+
+
+def _prepares(record: Record) -> bool:
+    """Whether it is part of a vCPU's beginning, which scenarios have behind them."""
+    return isinstance(record, Attached) or (
+        isinstance(record, HostAsked) and isinstance(record.operation, m.SetRegisters)
+    )
 
 
 def _words(machine: Machine) -> Iterator[tuple[int, int]]:

@@ -154,7 +154,12 @@ class _Reader:
             raise LitmusError(where, f"{line!r} does not begin with `v0:`, `v1:`, ... or `host:`")
         who, what = match[1], match[2]
         if who == "host":
-            return SetupStep(-1, self._programs.host_step(what, where))
+            step = self._programs.host_step(what, where)
+            if step.when is not None:
+                raise LitmusError(
+                    where, f"{line!r}: the lines of the set-up come one after another, without `when`"
+                )
+            return SetupStep(-1, step)
         if int(who[1:]) >= self._machine.vcpus:
             raise LitmusError(where, f"{line!r}: there are v0 to v{self._machine.vcpus - 1}")
         return SetupStep(int(who[1:]), self._programs.step(what, where))

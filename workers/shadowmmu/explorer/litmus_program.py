@@ -24,6 +24,7 @@ from shadowmmu.explorer.scenario import (
     Locked,
     SendIpi,
     Step,
+    Word,
 )
 from shadowmmu.protocol import messages as m
 
@@ -131,11 +132,16 @@ class ProgramReader:
     # --- host operations -----------------------------------------------------------------------------------------
 
     def host_step(self, line: str, where: str) -> HostStep:
-        """An operation of the host."""
+        """An operation of the host, perhaps with `when NAME[index] = VALUE` behind."""
         where = f"{where}: {line!r}"
+        text, found, word = line.partition(" when ")
+        when = Word(*self._word(word, "OPERATION when NAME[index] = VALUE", where)) if found else None
+        return HostStep(line, self._operation(text, where), when)
+
+    def _operation(self, line: str, where: str) -> m.HostOperation:
         name, *arguments = line.replace(",", " ").split()
         if name == "write":
-            return HostStep(line, self._write(line, where))
+            return m.WritePhys([self._word(line.removeprefix("write"), "write NAME[index] = VALUE", where)])
         if name not in _OPERATIONS:
             known = ", ".join(sorted((*_OPERATIONS, "write")))
             raise LitmusError(where, f"not a host operation; there are {known}")
@@ -147,7 +153,7 @@ class ProgramReader:
         if not len(wanted) <= len(arguments) <= len(kinds):
             raise LitmusError(where, f"wrong number of arguments: {name} {usage}".rstrip())
         values = [self._argument(kind, text, where) for kind, text in zip(kinds, arguments, strict=False)]
-        return HostStep(line, make(*values))
+        return make(*values)
 
     def _argument(self, kind: str, text: str, where: str) -> Any:
         """An argument of a host operation, of the kind that its usage says."""
@@ -167,14 +173,14 @@ class ProgramReader:
                     raise LitmusError(where, f"{text!r} is not {' or '.join(words)}")
                 return text == words[0]
 
-    def _write(self, line: str, where: str) -> m.HostOperation:
-        text, equals, value = line.removeprefix("write").partition("=")
+    def _word(self, line: str, usage: str, where: str) -> tuple[int, int]:
+        text, equals, value = line.partition("=")
         if not equals:
-            raise LitmusError(where, "write NAME[index] = VALUE")
+            raise LitmusError(where, usage)
         frame, index = self._names.place(text.strip(), where)
         if index >= 512:
             raise LitmusError(where, f"index {index} is beyond the frame's 512 words of 8 bytes")
-        return m.WritePhys([((frame << 12) + 8 * index, self._names.value(value.strip(), where))])
+        return (frame << 12) + 8 * index, self._names.value(value.strip(), where)
 
 
 _LIMITS: Final = {"COUNT": 1 << 24, "SLOT": 31, "PROCESSOR": 63}

@@ -115,11 +115,19 @@ class Step(msgspec.Struct, frozen=True, tag="step"):
     into: str = ""
 
 
+class Word(msgspec.Struct, frozen=True):
+    """`value` in the 8 bytes of the guest's memory at `gpa`."""
+
+    gpa: int
+    value: int
+
+
 class HostStep(msgspec.Struct, frozen=True, tag="host"):
-    """One operation of a host thread, as it was written."""
+    """One operation of a host thread, as it was written. It begins when memory holds `when`, None for at once."""
 
     text: str
     operation: m.HostOperation
+    when: Word | None = None
 
 
 class SetupStep(msgspec.Struct, frozen=True):

@@ -217,7 +217,9 @@ class World:
                 if id(self._host_task(number)) in ready:
                     found.append(2 * KIND + number)
             elif self.host_position[number] < len(steps) and not machine.at_memory_point:
-                found.append(2 * KIND + number)
+                when = steps[self.host_position[number]].when
+                if when is None or self._word(when.gpa) == when.value:
+                    found.append(2 * KIND + number)
         found += [
             3 * KIND + vcpu.vcpu_id
             for vcpu in machine.kvm.vcpus
