@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import typer
 
+from shadowmmu.cli.console import output_console, progress_line
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -31,9 +33,6 @@ def all_bugs(budget: float, strategy: Strategy, seed: int, jobs: int, out: Path 
 
     What is not found in its share of the time is looked for again when all others are done, with what is left.
     """
-    from rich.console import Console
-    from rich.progress import Progress
-
     from shadowmmu.explorer.catalogue import BugHunt, catalogue_slugs, look_for_all
 
     slugs = catalogue_slugs()
@@ -50,10 +49,7 @@ def all_bugs(budget: float, strategy: Strategy, seed: int, jobs: int, out: Path 
             results[result.slug] = result
             progress.update(task, completed=len(results), description=result.slug)
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=max(console.width, 150))
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with progress_line() as progress:
         task = progress.add_task("bugs", total=len(slugs))
         look(slugs, budget)
         missing = [slug for slug in slugs if results[slug].too_little_time]
@@ -61,7 +57,7 @@ def all_bugs(budget: float, strategy: Strategy, seed: int, jobs: int, out: Path 
         if missing and left > 0:
             look(missing, left)
     ordered = [results[slug] for slug in slugs]
-    console.print(_table(ordered, out))
+    output_console().print(_table(ordered, out))
     unexpected = [result.slug for result in ordered if not result.as_expected]
     if unexpected:
         typer.echo(f"Not as expected: {', '.join(unexpected)}")

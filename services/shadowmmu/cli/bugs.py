@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
+from shadowmmu.cli.console import output_console
+
 if TYPE_CHECKING:
     from shadowmmu.kvm import Fix
 
@@ -27,7 +29,6 @@ def bugs(
         typer.echo(msgspec.json.format(msgspec.json.encode([_entry(fix) for fix in FIXES.values()]).decode()))
         return
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(
@@ -48,7 +49,7 @@ def bugs(
             _litmus_test(fix),
             fix.description,
         )
-    Console().print(table)
+    output_console().print(table)
 
 
 def _litmus_test(fix: Fix) -> str:

@@ -6,30 +6,18 @@ import sys
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
+from shadowmmu.cli.console import output_console, progress_line
 from shadowmmu.coordinator import RunReport, encode_report, render_report
 from shadowmmu.coordinator.progress import Snapshot
 
 __all__ = ["LiveProgress", "show_report"]
-
-PLAIN_WIDTH = 120
-"""Columns of tables that go into a file or a pipe."""
 
 
 class LiveProgress:
     """A progress line on stderr, where that is a terminal; a context manager."""
 
     def __init__(self, ops: int) -> None:
-        self._progress = Progress(
-            BarColumn(bar_width=20),
-            TextColumn("{task.description}"),
-            TimeElapsedColumn(),
-            console=Console(stderr=True),
-            transient=True,
-            disable=not sys.stderr.isatty(),
-        )
+        self._progress = progress_line()
         self._task = self._progress.add_task("starting", total=ops)
 
     def __enter__(self) -> Self:
@@ -51,7 +39,4 @@ def show_report(report: RunReport, *, as_json: bool) -> None:
         sys.stdout.write(encode_report(report).decode())
         sys.stdout.flush()
     else:
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=max(console.width, PLAIN_WIDTH))
-        console.print(render_report(report))
+        output_console().print(render_report(report))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import signal
-import sys
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import typer
 
+from shadowmmu.cli.console import progress_line
 from shadowmmu.explorer.actors import format_schedule
 
 if TYPE_CHECKING:
@@ -26,19 +26,9 @@ class SearchProgress:
     """
 
     def __init__(self, budget: Budget) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
         self.interrupted = False
         self._budget = budget
-        self._progress = Progress(
-            BarColumn(bar_width=20),
-            TextColumn("{task.description}"),
-            TimeElapsedColumn(),
-            console=Console(stderr=True),
-            transient=True,
-            disable=not sys.stderr.isatty(),
-        )
+        self._progress = progress_line()
         self._task = self._progress.add_task("setting up", total=budget.executions or budget.seconds)
 
     def __enter__(self) -> Self:

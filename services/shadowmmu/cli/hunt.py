@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from shadowmmu.cli.console import output_console, progress_line
 from shadowmmu.cli.usage import bad_value
 
 if TYPE_CHECKING:
@@ -162,19 +163,7 @@ def _go(going: Hunt, limit: HuntLimit, out: Path | None) -> bool:
 
 @contextlib.contextmanager
 def _progress_line(limit: HuntLimit) -> Iterator[Callable[[Hunt], None]]:
-    import sys
-
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    progress = Progress(
-        BarColumn(bar_width=20),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    )
+    progress = progress_line()
     task = progress.add_task("beginning", total=limit.scenarios or limit.seconds)
     began: float | None = None
 
@@ -195,7 +184,6 @@ def _progress_line(limit: HuntLimit) -> Iterator[Callable[[Hunt], None]]:
 
 def _show(state: HuntState, out: Path | None) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"Hunt in {state.profile}", box=box.SIMPLE_HEAD, title_justify="left")
@@ -214,11 +202,8 @@ def _show(state: HuntState, out: Path | None) -> None:
             path = out / _repro_name(number)
             row.append(path.name if path.exists() else "-")
         table.add_row(*row)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=max(console.width, 160))
     if state.findings:
-        console.print(table)
+        output_console().print(table)
     typer.echo(
         f"{len(state.findings)} distinct findings in {state.scenarios} random guests, {state.executions} executions, "
         f"{state.seconds:.0f} s"

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from shadowmmu.cli.console import output_console
 from shadowmmu.cli.loop import run_loop
 from shadowmmu.cli.reproduction import replay_file
 from shadowmmu.cli.usage import bad_value
@@ -94,13 +95,12 @@ def conform(
 def profiles() -> None:
     """List the kernels that can be simulated, and the fixes that can be switched."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     from shadowmmu.kvm.fixes import FIXES
     from shadowmmu.kvm.profiles import BASE_PROFILES
 
-    console = Console()
+    console = output_console()
     table = Table(
         title="Fixes: PROFILE+FIX switches one on, PROFILE-FIX off", box=box.SIMPLE_HEAD, title_justify="left"
     )
