@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -20,7 +21,7 @@ __all__ = ["SearchProgress", "show_found"]
 
 
 class SearchProgress:
-    """A progress line on stderr, where that is a terminal; a context manager, called now and then by the search.
+    """A progress line on stderr, where that is a terminal; a context manager, called now and then by the searches.
 
     `interrupted`: somebody pressed Ctrl-C, which ends the search but not the command.
     """
@@ -28,6 +29,7 @@ class SearchProgress:
     def __init__(self, budget: Budget) -> None:
         self.interrupted = False
         self._budget = budget
+        self._begin = time.monotonic()
         self._progress = progress_line()
         self._task = self._progress.add_task("setting up", total=budget.executions or budget.seconds)
 
@@ -47,12 +49,18 @@ class SearchProgress:
 
     def __call__(self, search: Search) -> bool:
         if search.executions % 16 == 0:
-            done = search.executions if self._budget.executions else search.seconds
             bad = sum(search.failures.values())
-            self._progress.update(
-                self._task, completed=done, description=f"{search.executions} executions, {bad} bad"
-            )
+            self._show(search.executions, search.seconds, f"{search.executions} executions, {bad} bad")
         return not self.interrupted
+
+    def of_all(self, executions: int) -> bool:
+        """The same for several searches at a time, which have made so many executions together."""
+        self._show(executions, time.monotonic() - self._begin, f"{executions} executions")
+        return not self.interrupted
+
+    def _show(self, executions: int, seconds: float, text: str) -> None:
+        done = executions if self._budget.executions else seconds
+        self._progress.update(self._task, completed=done, description=text)
 
 
 def show_found(report: SearchReport, found: Found, out: Path | None, effort: int) -> None:

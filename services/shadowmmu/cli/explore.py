@@ -229,10 +229,10 @@ def _explore(
         if len(specs) == 1:
             with SearchProgress(each) as progress:
                 reports = [run_search(specs[0], progress)]
-            interrupted = progress.interrupted
         else:
-            reports = list(run_all(specs, jobs))
-            interrupted = False
+            whole = Budget(budget, executions and executions * len(specs), first)
+            with SearchProgress(whole) as progress:
+                reports = run_all(specs, jobs, progress.of_all)
     except (ScenarioError, ValueError, OSError) as error:
         typer.echo(f"shadowmmu explore: {error}", err=True)
         return 2
@@ -241,7 +241,7 @@ def _explore(
             [report for report in reports if report.scenario is scenario or report.scenario == scenario]
         )
         status = max(status, _show(report, coverage=coverage, out=out, shrink=shrink), key=_GRAVITY.index)
-    return 2 if interrupted and status == 0 else status
+    return 2 if progress.interrupted and status == 0 else status
 
 
 _GRAVITY: Final = (0, 2, 1)

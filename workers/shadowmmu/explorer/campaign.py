@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, wait
 from multiprocessing import get_context
+from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -16,6 +20,9 @@ from shadowmmu.explorer.search import Budget, Found, Search
 from shadowmmu.explorer.strategy import Strategy
 
 __all__ = ["SearchReport", "SearchSpec", "merge", "pool", "run_all", "run_search"]
+
+LOOK_EVERY: Final = 0.2
+"""Seconds between two looks at how far the processes are."""
 
 
 class SearchSpec(msgspec.Struct, frozen=True):
@@ -94,15 +101,52 @@ def pool(jobs: int) -> Executor:
     return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
 
 
-def run_all(specs: Sequence[SearchSpec], jobs: int) -> Iterator[SearchReport]:
-    """Runs searches in `jobs` processes; reports as they come."""
-    if jobs == 1 or len(specs) == 1:
-        yield from map(run_search, specs)
-        return
-    with pool(min(jobs, len(specs))) as executor:
-        futures: list[Future[SearchReport]] = [executor.submit(run_search, spec) for spec in specs]
-        for future in as_completed(futures):
-            yield future.result()
+class _Shared(NamedTuple):
+    """What the processes of a campaign have in common: how many executions there were, and whether to stop."""
+
+    executions: Synchronized[int]
+    stop: Event
+
+
+_shared: _Shared | None = None
+"""Set in processes that `run_all` has started."""
+
+
+def _join(shared: _Shared) -> None:
+    global _shared  # noqa: PLW0603 - a process's own
+    _shared = shared
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that has started this one
+
+
+def _run_shared(spec: SearchSpec) -> SearchReport:
+    shared = _shared
+    assert shared is not None
+
+    def count(_: Search) -> bool:
+        with shared.executions.get_lock():
+            shared.executions.value += 1
+        return not shared.stop.is_set()
+
+    return run_search(spec, count)
+
+
+def run_all(specs: Sequence[SearchSpec], jobs: int, progress: Callable[[int], bool]) -> list[SearchReport]:
+    """Runs searches in `jobs` processes; their reports, in order.
+
+    `progress` is called now and then with the number of executions so far; all searches end when it says False.
+    """
+    context = get_context("spawn")
+    shared = _Shared(context.Value("Q", 0), context.Event())
+    with ProcessPoolExecutor(
+        min(jobs, len(specs)), mp_context=context, initializer=_join, initargs=(shared,)
+    ) as executor:
+        futures = [executor.submit(_run_shared, spec) for spec in specs]
+        left = set(futures)
+        while left:
+            _, left = wait(left, LOOK_EVERY)
+            if not progress(shared.executions.value):
+                shared.stop.set()
+        return [future.result() for future in futures]
 
 
 def merge(reports: Sequence[SearchReport]) -> SearchReport:
