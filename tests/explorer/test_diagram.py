@@ -13,25 +13,17 @@ from shadowmmu.explorer.diagram_text import DEFAULT_WIDTH, render_text
 from shadowmmu.explorer.litmus import LINEAR, parse_litmus
 from shadowmmu.explorer.trail import follow_schedule
 from tests.explorer.failing import failing
+from tests.explorer.guests import ONE_PAGE
 
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-KICKED = """
+KICKED = f"""
 title = "the host takes a page away that a vCPU has in its TLB"
 setup = "v0: load x"
 [machine]
 vcpus = 1
-[tables.root]
-0 = "L3 wua"
-[tables.L3]
-0 = "L2 wua"
-[tables.L2]
-0 = "T wua"
-[tables.T]
-9 = "G wuad"
-[addresses]
-x = "0/0/0/9"
+{ONE_PAGE}
 [[vcpu]]
 program = "load x"
 [[host]]

@@ -19,6 +19,7 @@ from shadowmmu.explorer.hunt import LAG, Hunt, HuntLimit, HuntState, HuntStateEr
 from shadowmmu.explorer.hunt_look import Caught, Cause, CauseKind, Look, Looked, look_at
 from shadowmmu.explorer.litmus import parse_litmus
 from shadowmmu.explorer.repro import Repro, load_repro, replay_repro
+from tests.explorer.guests import ONE_PAGE
 
 A6 = """
 [machine]
@@ -64,20 +65,11 @@ program = "unmap_range root 1"
 """
 """A vCPU whose access faults again and again until the host, which has begun to unmap a range, goes on."""
 
-WINDOW = """
+WINDOW = f"""
 setup = "v1: load x"
 [machine]
 vcpus = 2
-[tables.root]
-0 = "L3 wua"
-[tables.L3]
-0 = "L2 wua"
-[tables.L2]
-0 = "T wua"
-[tables.T]
-9 = "G wuad"
-[addresses]
-x = "0/0/0/9"
+{ONE_PAGE}
 [[vcpu]]
 program = "store @L2[0] = 0"
 [[vcpu]]
@@ -96,20 +88,11 @@ vcpus = 1
 program = "cr3"
 """
 
-DEVICE = """
+DEVICE = f"""
 setup = "v0: load x"
 [machine]
 vcpus = 1
-[tables.root]
-0 = "L3 wua"
-[tables.L3]
-0 = "L2 wua"
-[tables.L2]
-0 = "T wua"
-[tables.T]
-9 = "G wuad"
-[addresses]
-x = "0/0/0/9"
+{ONE_PAGE}
 [[vcpu]]
 program = '''
 cr3

@@ -33,19 +33,9 @@ from shadowmmu.explorer.scenario import (
 )
 from shadowmmu.explorer.world import ScenarioError, World
 from shadowmmu.protocol import messages as m
+from tests.explorer.guests import ONE_PAGE
 
-TABLES = """
-[tables.root]
-0 = "L3 wua"
-[tables.L3]
-0 = "L2 wua"
-[tables.L2]
-0 = "T wua"
-[tables.T]
-9 = "G wuad"
-[addresses]
-x = "0/0/0/9"
-"""
+TABLES = ONE_PAGE
 T, G = 16 + 3 * 8, 16 + 4 * 8
 """The frames that the names get: root, L3, L2, T, G."""
 X = 9 << 12

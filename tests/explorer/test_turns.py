@@ -8,6 +8,7 @@ from shadowmmu.explorer.execution import execute
 from shadowmmu.explorer.litmus import parse_litmus
 from shadowmmu.explorer.turns import Turns
 from shadowmmu.protocol.events import Exited, FrameBacked, LockReleased, LockTaken
+from tests.explorer.guests import ONE_PAGE
 
 ZERO, ONE, HOST = vcpu(0), vcpu(1), host(0)
 
@@ -61,20 +62,11 @@ def test_a_fault_elsewhere_is_another_one() -> None:
     assert turns.of([ZERO, ONE]) == [ZERO, ONE]
 
 
-RANGE = """
+RANGE = f"""
 setup = "v0: store x = 1"
 [machine]
 vcpus = 1
-[tables.root]
-0 = "L3 wua"
-[tables.L3]
-0 = "L2 wua"
-[tables.L2]
-0 = "T wua"
-[tables.T]
-9 = "G wuad"
-[addresses]
-x = "0/0/0/9"
+{ONE_PAGE}
 [[vcpu]]
 program = "store x = 2"
 [[host]]
