@@ -38,7 +38,7 @@ class Cell(msgspec.Struct, frozen=True):
 
 
 class Result(msgspec.Struct, frozen=True):
-    """What came of it. `outcomes`: the final states, with the failures among them in brackets."""
+    """What came of it. `outcomes`: the final states, those of failures with the kind in brackets behind."""
 
     cell: Cell
     executions: int
@@ -104,7 +104,10 @@ def main() -> None:
 def _wrong(results: dict[Cell, Result], test: str) -> bool:
     reduced, plain = results.get(Cell(test, reduced=True)), results.get(Cell(test, reduced=False))
     found = any(
-        "[" in outcome for result in (reduced, plain) if result is not None for outcome in result.outcomes
+        outcome.endswith("]")
+        for result in (reduced, plain)
+        if result is not None
+        for outcome in result.outcomes
     )
     if reduced is None or plain is None or not (reduced.complete and plain.complete):
         return found

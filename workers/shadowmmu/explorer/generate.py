@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from shadowmmu.explorer.generate_idioms import IdiomWriter
 from shadowmmu.explorer.generate_subset import some_of
@@ -31,6 +31,23 @@ __all__ = ["draw_test", "generate"]
 
 SHAPES: Final = (Shape("64", 4, 8), Shape("pae", 3, 8), Shape("32", 2, 4))
 SHAPE_WEIGHTS: Final = (75, 6, 19)
+
+
+class Size(NamedTuple):
+    """How much happens in a guest: lines of a vCPU's program (longer by the rest of an idiom), of the set-up beside those
+    that fill TLBs, how often a vCPU has the favourite in its TLB, and at most how many host operations.
+    """
+
+    lines: tuple[int, int]
+    setup: int
+    warm: float
+    host_operations: int
+
+
+SIZES: Final = (Size((1, 2), 2, 0.8, 1), Size((2, 6), 7, 0.5, 4))
+"""Half of the guests have only an idiom or two: what can go wrong in them goes wrong in few executions."""
+ALONE: Final = 5
+"""Lines by which the program of an only vCPU is longer."""
 LARGE_SLOT_PAGES: Final = 2048
 FIRST_FRAME: Final = 16
 DEVICE_FRAME: Final = 8192
@@ -55,14 +72,15 @@ def draw_test(seed: int) -> str:
     machine = _machine(draw, guest, vcpus, backing)
     begin = dict(guest.entries)
     writer = IdiomWriter(draw, guest, vcpus)
-    setup = _setup(draw, guest, writer, vcpus)
+    size = draw.choice(SIZES)
+    setup = _setup(draw, guest, writer, vcpus, size)
     programs: list[list[str]] = [[] for _ in range(vcpus)]
-    wanted = [draw.randint(2, 6 if vcpus > 1 else 10) for _ in range(vcpus)]
+    wanted = [draw.randint(*size.lines) + (ALONE if vcpus == 1 else 0) for _ in range(vcpus)]
     while any(len(program) < most for program, most in zip(programs, wanted, strict=True)):
         vcpu = draw.choice([n for n in range(vcpus) if len(programs[n]) < wanted[n]])
         for who, lines in writer.idiom(vcpu).items():
             programs[who] += lines
-    hosts = _hosts(draw, guest, backing, vcpus)
+    hosts = _hosts(draw, guest, backing, vcpus, size.host_operations)
     parts = [
         f'title = "a random guest, seed {seed}"',
         _lines("setup", setup),
@@ -117,13 +135,13 @@ def _table(name: str, entries: dict[tuple[str, int], Entry | None]) -> str:
     return "\n".join((f"[tables.{name}]", *lines))
 
 
-def _setup(draw: random.Random, guest: GuestTables, writer: IdiomWriter, vcpus: int) -> list[str]:
+def _setup(draw: random.Random, guest: GuestTables, writer: IdiomWriter, vcpus: int, size: Size) -> list[str]:
     """Accesses that fill TLBs, and stores that put tables out of sync."""
     lines = []
     for vcpu in range(vcpus):
-        if draw.random() < 0.5:
+        if draw.random() < size.warm:
             lines += [f"v{vcpu}: {step}" for step in writer.touch(guest.favourite)]
-    for _ in range(draw.randint(0, 7)):
+    for _ in range(draw.randint(0, size.setup)):
         vcpu = draw.randrange(vcpus)
         if draw.random() < 0.65:
             steps = writer.touch()
@@ -159,9 +177,9 @@ HOST_OPERATIONS: Final = {
 """What the host does to small pages, with how often."""
 
 
-def _hosts(draw: random.Random, guest: GuestTables, backing: str, vcpus: int) -> list[list[str]]:
-    threads = draw.choices((0, 1, 2), (30, 55, 15))[0]
-    operations = draw.randint(threads, 4) if threads else 0
+def _hosts(draw: random.Random, guest: GuestTables, backing: str, vcpus: int, most: int) -> list[list[str]]:
+    threads = min(draw.choices((0, 1, 2), (30, 55, 15))[0], most)
+    operations = draw.randint(threads, most) if threads else 0
     writes = draw.random() < 0.15  # a device that stores where tables are
     kinds = some_of(draw, HOST_OPERATIONS)
     programs: list[list[str]] = [[] for _ in range(threads)]
@@ -196,7 +214,7 @@ def _host_operation(
     if backing != "2m":
         small += guest.far
     frame = draw.choice(small)
-    if guest.favourite_frame and draw.random() < 0.5:
+    if guest.favourite_frame and draw.random() < guest.focus:
         frame = guest.favourite_frame
     operands = {
         "unmap_range": f"{frame} 1",

@@ -95,7 +95,9 @@ class IdiomWriter:
 
     def _address(self) -> Address:
         return (
-            self._guest.favourite if self._draw.random() < 0.45 else self._draw.choice(self._guest.addresses)
+            self._guest.favourite
+            if self._draw.random() < self._guest.focus
+            else self._draw.choice(self._guest.addresses)
         )
 
     def _touch_through(self, place: Place) -> Lines:
@@ -108,7 +110,7 @@ class IdiomWriter:
         """An entry that some address uses, or now and then any."""
         places = self._guest.places(lowest, highest)
         favourite = [place for place, _ in self._guest.path(self._guest.favourite) if place in places]
-        if favourite and self._draw.random() < 0.45:
+        if favourite and self._draw.random() < self._guest.focus:
             return self._draw.choice(favourite)
         if places and self._draw.random() < 0.9:
             return self._draw.choice(places)
@@ -244,7 +246,9 @@ class IdiomWriter:
         mapped = [leaf.frame for address in guest.addresses if (leaf := guest.leaf(address)) is not None]
         candidates = [frame for frame in mapped if frame in guest.data or frame in guest.far]
         favourite = guest.favourite_frame
-        frame = favourite if favourite and draw.random() < 0.6 else draw.choice(candidates or guest.data)
+        frame = (
+            favourite if favourite and draw.random() < guest.focus else draw.choice(candidates or guest.data)
+        )
         lines: Lines = []
         users = guest.mapping(frame)
         if draw.random() < 0.6:
@@ -255,12 +259,16 @@ class IdiomWriter:
         if frame not in guest.far and draw.random() < 0.3:
             word = Place(frame, draw.choice(DATA_INDICES), 1)
             lines += self.set_entry(word, draw_entry(draw, guest, 1))
-        place = self._place(2, 2)
+        used = self._place(2, 2)
+        place = used if draw.random() < 0.4 else Place(used.table, draw.choice(UPPER_INDICES), 2)
         lines += self.set_entry(place, Entry(frame, upper_flags(draw, guest.shape, 2)))
-        if users and self._vcpus > 1 and draw.random() < 0.4:
+        if users and self._vcpus > 1 and draw.random() < 0.6:
             # Somebody has not heard of it.
             self._elsewhere[self._other()] = self.touch(draw.choice(users))
-        return lines + self._touch_through(place)
+        through = guest.through(used)
+        if through:
+            lines += self.touch(guest.alias(draw.choice(through), place))
+        return lines
 
     def _resize(self) -> Lines:
         """Splits a large page into a table, or makes a large page where a table was."""

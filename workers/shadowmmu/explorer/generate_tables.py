@@ -68,8 +68,9 @@ class GuestTables:
     """The tables and addresses.
 
     `tables`: those that the guest begins with, by level, top first; `data`: frames that may become tables too; `far`:
-    frames of the second slot; `large`: first frames of large pages. `entries` is what they hold now. What is done is
-    often done to the `favourite` address, and to the data that it is mapped to at the start ("" for none).
+    frames of the second slot; `large`: first frames of large pages. `entries` is what they hold now. `focus` is how
+    often (0 to 1) what is done is done to the `favourite` address, or to the data that it is mapped to at the start
+    ("" for none).
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -80,6 +81,7 @@ class GuestTables:
         self.large: list[str] = []
         self.devices: list[str] = []
         self.addresses: list[Address] = []
+        self.focus = 0.0
         self.favourite = Address("", ())
         self.favourite_frame = ""
         self.entries: dict[tuple[str, int], Entry | None] = {}
@@ -256,6 +258,7 @@ def _draw_addresses(draw: random.Random, guest: GuestTables) -> None:
         if len(seen) == count:
             break
     mapped = [address for address in guest.addresses if guest.leaf(address) is not None]
+    guest.focus = draw.choice((0.25, 0.5, 0.8))
     guest.favourite = draw.choice(mapped or guest.addresses)
     leaf = guest.leaf(guest.favourite)
     if leaf is not None and leaf.frame in guest.data:
