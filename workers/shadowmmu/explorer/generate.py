@@ -34,8 +34,8 @@ SHAPE_WEIGHTS: Final = (75, 6, 19)
 
 
 class Size(NamedTuple):
-    """How much happens in a guest: lines of a vCPU's program (longer by the rest of an idiom), of the set-up beside those
-    that fill TLBs, how often a vCPU has the favourite in its TLB, and at most how many host operations.
+    """How much happens in a guest: lines of a vCPU's program (longer by the rest of an idiom), of the set-up beside
+    those that fill TLBs, how often a vCPU has the favourite in its TLB, and at most how many host operations.
     """
 
     lines: tuple[int, int]
