@@ -35,16 +35,18 @@ SHAPE_WEIGHTS: Final = (75, 6, 19)
 
 class Size(NamedTuple):
     """How much happens in a guest: lines of a vCPU's program (longer by the rest of an idiom), of the set-up beside
-    those that fill TLBs, how often a vCPU has the favourite in its TLB, and at most how many host operations.
+    those that fill TLBs, how often a vCPU has the favourite in its TLB, at most how many host operations, and how often
+    what is done is done to the favourite (`GuestTables.focus`).
     """
 
     lines: tuple[int, int]
     setup: int
     warm: float
     host_operations: int
+    focus: tuple[float, ...]
 
 
-SIZES: Final = (Size((1, 2), 2, 0.8, 1), Size((2, 6), 7, 0.5, 4))
+SIZES: Final = (Size((1, 2), 2, 0.8, 1, (0.5, 0.9)), Size((2, 6), 7, 0.5, 4, (0.25, 0.5, 0.8)))
 """Half of the guests have only an idiom or two: what can go wrong in them goes wrong in few executions."""
 ALONE: Final = 5
 """Lines by which the program of an only vCPU is longer."""
@@ -67,12 +69,12 @@ def draw_test(seed: int) -> str:
     draw = random.Random(f"guest {seed}")
     shape = draw.choices(SHAPES, SHAPE_WEIGHTS)[0]
     vcpus = draw.choices((1, 2, 3), (20, 68, 12))[0]
-    guest = draw_tables(draw, shape, large=draw.random() < 0.45)
+    size = draw.choice(SIZES)
+    guest = draw_tables(draw, shape, large=draw.random() < 0.45, focus=draw.choice(size.focus))
     backing = draw.choice(("4k", "4k", "2m", "thp"))
     machine = _machine(draw, guest, vcpus, backing)
     begin = dict(guest.entries)
     writer = IdiomWriter(draw, guest, vcpus)
-    size = draw.choice(SIZES)
     setup = _setup(draw, guest, writer, vcpus, size)
     programs: list[list[str]] = [[] for _ in range(vcpus)]
     wanted = [draw.randint(*size.lines) + (ALONE if vcpus == 1 else 0) for _ in range(vcpus)]
@@ -140,7 +142,7 @@ def _setup(draw: random.Random, guest: GuestTables, writer: IdiomWriter, vcpus: 
     lines = []
     for vcpu in range(vcpus):
         if draw.random() < size.warm:
-            lines += [f"v{vcpu}: {step}" for step in writer.touch(guest.favourite)]
+            lines += [f"v{vcpu}: {step}" for step in writer.touch(guest.favourite, store_rate=0.7)]
     for _ in range(draw.randint(0, size.setup)):
         vcpu = draw.randrange(vcpus)
         if draw.random() < 0.65:

@@ -72,8 +72,8 @@ class IdiomWriter:
 
     # --- accesses ------------------------------------------------------------------------------------------------
 
-    def touch(self, address: Address | None = None) -> Lines:
-        """An access, by the kernel or by a user."""
+    def touch(self, address: Address | None = None, *, store_rate: float | None = None) -> Lines:
+        """An access, by the kernel or by a user; a store as often as guests store, or as `store_rate` (0 to 1) says."""
         draw = self._draw
         if address is None:
             address = self._address()
@@ -81,7 +81,7 @@ class IdiomWriter:
         word = draw.choice(DATA_INDICES)
         place = f"{address.name}+{word * self._guest.shape.entry:#x}"
         kind = draw.random()
-        if kind < self._store_rate:
+        if kind < (self._store_rate if store_rate is None else store_rate):
             if draw.random() < 0.12:
                 return [f"{user}xadd {place} = 1"]
             entry = draw_entry(draw, self._guest, 1)
@@ -251,7 +251,7 @@ class IdiomWriter:
         )
         lines: Lines = []
         users = guest.mapping(frame)
-        if draw.random() < 0.6:
+        if draw.random() < 0.4:
             for address in users[:1]:
                 *_, (place, _) = guest.path(address)
                 if place.table in guest.near:
@@ -263,8 +263,8 @@ class IdiomWriter:
         place = used if draw.random() < 0.4 else Place(used.table, draw.choice(UPPER_INDICES), 2)
         lines += self.set_entry(place, Entry(frame, upper_flags(draw, guest.shape, 2)))
         if users and self._vcpus > 1 and draw.random() < 0.6:
-            # Somebody has not heard of it.
-            self._elsewhere[self._other()] = self.touch(draw.choice(users))
+            # Somebody has not heard of it, and goes on writing the page.
+            self._elsewhere[self._other()] = self.touch(draw.choice(users), store_rate=0.8)
         through = guest.through(used)
         if through:
             lines += self.touch(guest.alias(draw.choice(through), place))

@@ -73,7 +73,7 @@ class GuestTables:
     ("" for none).
     """
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, focus: float) -> None:
         self.shape = shape
         self.tables: dict[int, list[str]] = {level: [] for level in range(shape.levels, 0, -1)}
         self.data: list[str] = []
@@ -81,7 +81,7 @@ class GuestTables:
         self.large: list[str] = []
         self.devices: list[str] = []
         self.addresses: list[Address] = []
-        self.focus = 0.0
+        self.focus = focus
         self.favourite = Address("", ())
         self.favourite_frame = ""
         self.entries: dict[tuple[str, int], Entry | None] = {}
@@ -189,9 +189,9 @@ def draw_entry(draw: random.Random, guest: GuestTables, level: int) -> Entry:
     return Entry(draw.choice(guest.tables[level - 1]), flags)
 
 
-def draw_tables(draw: random.Random, shape: Shape, *, large: bool) -> GuestTables:
-    """A guest's tables and addresses. `large`: with a second slot for large pages."""
-    guest = GuestTables(shape)
+def draw_tables(draw: random.Random, shape: Shape, *, large: bool, focus: float) -> GuestTables:
+    """A guest's tables and addresses. `large`: with a second slot for large pages; `focus` as in GuestTables."""
+    guest = GuestTables(shape, focus)
     guest.tables[shape.levels] = ["root"]
     for level in range(shape.levels - 1, 0, -1):
         most = 3 if level == 1 else 2
@@ -258,7 +258,6 @@ def _draw_addresses(draw: random.Random, guest: GuestTables) -> None:
         if len(seen) == count:
             break
     mapped = [address for address in guest.addresses if guest.leaf(address) is not None]
-    guest.focus = draw.choice((0.25, 0.5, 0.8))
     guest.favourite = draw.choice(mapped or guest.addresses)
     leaf = guest.leaf(guest.favourite)
     if leaf is not None and leaf.frame in guest.data:
