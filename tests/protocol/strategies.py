@@ -17,13 +17,23 @@ MESSAGES: tuple[type[Message], ...] = get_args(m.Message)
 
 def _strategy(info: inspect.Type, depth: int = 0) -> st.SearchStrategy[Any]:
     match info:
+        case inspect.Metadata(extra_json_schema={"minimum": low, "maximum": high}):
+            return st.integers(low, high)
+        case inspect.Metadata(extra_json_schema={"exclusiveMinimum": low}):
+            return st.floats(low, exclude_min=True, allow_infinity=False)
         case inspect.Metadata():
             return _strategy(info.type, depth)
         case inspect.IntType():
             low = -(1 << 63) if info.ge is None else info.ge
             return st.integers(low, U64_MAX if info.le is None else info.le)
         case inspect.FloatType():
-            return st.floats(info.ge, info.le, allow_nan=False, allow_infinity=False)
+            return st.floats(
+                info.ge if info.gt is None else info.gt,
+                info.le,
+                exclude_min=info.gt is not None,
+                allow_nan=False,
+                allow_infinity=False,
+            )
         case inspect.StrType():
             return st.text(
                 st.characters(exclude_categories=["Cs"]),

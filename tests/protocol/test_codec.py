@@ -1,9 +1,7 @@
-"""Frames and envelopes: golden bytes, both libraries, and everything that can be wrong with a frame."""
+"""Frames and envelopes: both libraries, and everything that can be wrong with a frame."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any, get_args
 
 import msgpack
@@ -36,8 +34,6 @@ UNIONS = {
     FROM_COORDINATOR: m.CoordinatorMessage,
 }
 CASES = [(direction, kind) for direction, union in UNIONS.items() for kind in get_args(union)]
-VECTORS = json.loads((Path(__file__).parent / "vectors.json").read_text())
-NAMES = {direction.name: direction for direction in DIRECTIONS}
 
 
 def refused(direction: Direction, *frames: bytes) -> RemoteProtocolError:
@@ -62,36 +58,6 @@ def test_every_message_survives_both_libraries(direction: Direction, kind: Any, 
     unpacked = msgpack.unpackb(frames[1], strict_map_key=False)
     assert unpacked == expected
     assert direction.decode([VERSION_FRAME, msgpack.packb(unpacked)]) == envelope
-
-
-@pytest.mark.parametrize("vector", VECTORS["valid"], ids=lambda vector: vector["name"])
-def test_golden_bytes(vector: dict[str, Any]) -> None:
-    direction = NAMES[vector["direction"]]
-    frames = [bytes.fromhex(frame) for frame in vector["frames"]]
-    envelope = direction.decode(frames)
-    expected = [vector["incarnation"], vector["seq"], vector["body"]]
-
-    def readable(value: object) -> object:
-        return value.hex() if isinstance(value, bytes) else value
-
-    assert [envelope.incarnation, envelope.seq] == expected[:2]
-    ours = {key: readable(value) for key, value in plain(envelope.body).items()}
-    assert ours == expected[2]
-    assert direction.encode(envelope) == frames
-    unpacked = msgpack.unpackb(frames[1])
-    assert [*unpacked[:2], {key: readable(value) for key, value in unpacked[2].items()}] == expected
-
-
-@pytest.mark.parametrize("vector", VECTORS["invalid"], ids=lambda vector: vector["name"])
-def test_golden_bytes_that_are_refused(vector: dict[str, Any]) -> None:
-    error = refused(NAMES[vector["direction"]], *(bytes.fromhex(frame) for frame in vector["frames"]))
-    assert error.code == vector["code"]
-    assert (error.incarnation, error.seq) == (vector["incarnation"], vector["seq"])
-
-
-def test_there_is_a_golden_vector_for_every_message() -> None:
-    seen = {(NAMES[vector["direction"]], vector["body"]["t"]) for vector in VECTORS["valid"]}
-    assert seen == {(direction, kind.__struct_config__.tag) for direction, kind in CASES}
 
 
 @pytest.mark.parametrize("direction, kind", CASES)

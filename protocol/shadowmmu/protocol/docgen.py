@@ -1,9 +1,12 @@
-"""Writes the generated parts of docs/PROTOCOL.md from the data that the code uses.
+"""Writes what the documents say of the protocol from the data that the code uses.
 
-    python -m shadowmmu.protocol.docgen [--check] [docs/PROTOCOL.md]
+    python -m shadowmmu.protocol.docgen [--check] [docs]
 
-The page has sections between `<!-- generated: NAME -->` and `<!-- end -->`; each is replaced by what the function of
-that name in `SECTIONS` returns. `--check` changes nothing and fails if the page is not up to date.
+In the folder of the documents these are: the generated sections of PROTOCOL.md, each between `<!-- generated: NAME -->`
+and `<!-- end -->`, which is replaced by what the function of that name in `SECTIONS` returns; the JSON Schemas
+(`schemas`); and the AsyncAPI document (`asyncapi`). `--check` changes nothing, names those that are not up to date, and
+fails if there are any. To be run in the root of the repository: examples come from docs/examples and from the golden
+vectors of tests/protocol.
 """
 
 from __future__ import annotations
@@ -11,30 +14,30 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, get_args
+from typing import Any, Final
 
 import msgspec
 from msgspec import inspect
 
 from shadowmmu.protocol import messages as m
-from shadowmmu.protocol.codec import DIRECTIONS, FROM_COORDINATOR, FROM_MMU, TO_COORDINATOR, TO_MMU, Direction
+from shadowmmu.protocol.asyncapi import SCHEMA_FILE, Example, asyncapi_document
+from shadowmmu.protocol.codec import DIRECTIONS, VERSION_FRAME
 from shadowmmu.protocol.errors import REGISTRY, Effect
 from shadowmmu.protocol.events import AccessFlag
 from shadowmmu.protocol.fields import note
 from shadowmmu.protocol.heartbeat import MISSED_LIMIT
 from shadowmmu.protocol.ledger import EVENT_CREDITS, HOST_CREDITS
-from shadowmmu.protocol.states import CONVERSATIONS, Conversation, Side, State
+from shadowmmu.protocol.schemas import MESSAGES, inner_structs, schema_document
+from shadowmmu.protocol.states import CONVERSATIONS, OPENINGS, Conversation, Service, Side, State
+from shadowmmu.protocol.wire_example import worked_example
 
 __all__ = ["SECTIONS", "main", "render"]
 
-MESSAGES: Final[dict[Direction, tuple[type[m.Message], ...]]] = {
-    TO_MMU: get_args(m.VcpuMessage),
-    FROM_MMU: get_args(m.MmuMessage),
-    TO_COORDINATOR: get_args(m.MemberMessage),
-    FROM_COORDINATOR: get_args(m.CoordinatorMessage),
-}
+VECTORS: Final = Path("tests/protocol/vectors.json")
+EXAMPLE: Final = Path("docs/examples/one_page_fault.py")
+SERVICES: Final = {Service.MMU: "the MMU service", Service.COORDINATOR: "the coordinator"}
 ALIASES: Final = {m.LoggedAccess: "LoggedAccess"}
 
 
@@ -101,16 +104,13 @@ def _range(low: float | None, high: float | None) -> str:
 def _type(info: inspect.Type) -> str:
     match info:
         case inspect.Metadata():
-            maximum = (info.extra_json_schema or {}).get("maximum")
-            if maximum == (1 << 64) - 1:
-                return "u64"
-            return _type(info.type)
+            return _bounded(_type(info.type), info.extra_json_schema or {})
         case inspect.IntType():
             if info.ge == 0 and info.le is not None and (info.le & (info.le + 1)) == 0 and info.le > 255:
                 return f"u{info.le.bit_length()}"
             return "int" + _range(info.ge, info.le)
         case inspect.FloatType():
-            return "float" + _range(info.ge, info.le)
+            return "float" + (f", above {info.gt}" if info.gt is not None else _range(info.ge, info.le))
         case inspect.StrType():
             return "str" + (
                 f", {info.min_length or 0} to {info.max_length} characters" if info.max_length else ""
@@ -145,6 +145,21 @@ def _type(info: inspect.Type) -> str:
             raise NotImplementedError(info)
 
 
+def _bounded(name: str, bounds: Mapping[str, Any]) -> str:
+    """A type with the bounds that only its JSON schema has."""
+    match bounds:
+        case {"maximum": 0xFFFF_FFFF_FFFF_FFFF}:
+            return "u64"
+        case {"minimum": 0, "maximum": int(high)} if high & (high + 1) == 0:
+            return f"u{high.bit_length()}"
+        case {"minimum": low, "maximum": high}:
+            return f"{name} {low} to {high}"
+        case {"exclusiveMinimum": low}:
+            return f"{name}, more than {low}"
+        case _:
+            raise NotImplementedError(bounds)
+
+
 def _anchor(kind: type) -> str:
     return kind.__name__.lower()
 
@@ -173,33 +188,6 @@ def _struct(kind: type, level: str) -> str:
     return "\n\n".join([heading, text, table] if rows else [heading, text])
 
 
-def _inner(kinds: Iterable[type]) -> list[type]:
-    """The structs that occur inside messages, in order of appearance."""
-    found: dict[type, None] = {}
-
-    def visit(info: inspect.Type) -> None:
-        match info:
-            case inspect.StructType():
-                if info.cls not in found and info.cls not in top:
-                    found[info.cls] = None
-                for field in info.fields:
-                    visit(field.type)
-            case inspect.UnionType():
-                for part in info.types:
-                    visit(part)
-            case inspect.Metadata():
-                visit(info.type)
-            case inspect.ListType():
-                visit(info.item_type)
-            case _:
-                pass
-
-    top = dict.fromkeys(kinds)
-    for kind in top:
-        visit(inspect.type_info(kind))
-    return list(found)
-
-
 def _messages() -> str:
     parts: list[str] = []
     seen: set[type] = set()
@@ -211,7 +199,9 @@ def _messages() -> str:
             parts.append(f"Also, as above: {', '.join(both)}.")
         seen.update(MESSAGES[direction])
     parts.append("### Inside messages")
-    parts += [_struct(kind, "####") for kind in _inner(kind for kinds in MESSAGES.values() for kind in kinds)]
+    parts += [
+        _struct(kind, "####") for kind in inner_structs(k for kinds in MESSAGES.values() for k in kinds)
+    ]
     return "\n\n".join(parts)
 
 
@@ -250,6 +240,25 @@ def _diagram(conversation: Conversation) -> str:
     return "\n".join(lines)
 
 
+def _roles() -> str:
+    rows = []
+    for (service, role), conversation in OPENINGS.items():
+        opener = next(rule.message.__name__ for rule in conversation.rules if rule.to is State.ATTACHING)
+        rows.append(
+            (
+                f"`{role.value}`",
+                SERVICES[service],
+                opener,
+                f"[{conversation.title}](#{_slug(conversation.title)})",
+            )
+        )
+    return _table(["Role", "Service", "Opened by", "Conversation"], rows)
+
+
+def _slug(title: str) -> str:
+    return title.lower().replace(" ", "-")
+
+
 def _order() -> str:
     parts = []
     for conversation in CONVERSATIONS:
@@ -274,17 +283,27 @@ def _errors() -> str:
     )
 
 
+# --- the rest -----------------------------------------------------------------------------------------------------
+
+
 def _example() -> str:
-    lines = Path("docs/examples/one_page_fault.py").read_text().strip().splitlines()
+    lines = EXAMPLE.read_text().strip().splitlines()
     return "\n".join(["```python", *(line for line in lines if not line.startswith("# ruff:")), "```"])
 
 
+def _version() -> str:
+    return f"This page describes version `{VERSION_FRAME.decode('ascii')}`."
+
+
 SECTIONS: Final[dict[str, Callable[[], str]]] = {
+    "version": _version,
+    "roles": _roles,
     "limits": _limits,
     "access-flags": _access_flags,
     "messages": _messages,
     "order": _order,
     "errors": _errors,
+    "bytes": worked_example,
     "example": _example,
 }
 """What is generated, by the name in the page's marks."""
@@ -308,21 +327,47 @@ def render(page: str) -> str:
     return rendered
 
 
+def _examples() -> dict[str, list[Example]]:
+    """Envelopes of golden vectors by message: those with all fields, once each."""
+    names = {m.tag_of(kind): kind.__name__ for kinds in MESSAGES.values() for kind in kinds}
+    found: dict[str, list[Example]] = {}
+    for vector in json.loads(VECTORS.read_text())["valid"]:
+        payload = [vector["incarnation"], vector["number"], vector["body"]]
+        examples = found.setdefault(names[vector["body"]["t"]], [])
+        if vector["form"] == "full" and payload not in examples:
+            examples.append(payload)
+    return found
+
+
+def _json(document: object) -> str:
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+
+
+def _outputs(docs: Path) -> Iterator[tuple[Path, str]]:
+    """Each generated file of the folder, and what it should be."""
+    page = docs / "PROTOCOL.md"
+    yield page, render(page.read_text())
+    yield docs / "protocol" / SCHEMA_FILE, _json(schema_document())
+    yield docs / "protocol" / "asyncapi.json", _json(asyncapi_document(_examples()))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    args: list[Any] = list(sys.argv[1:] if arguments is None else arguments)
+    args = list(sys.argv[1:] if arguments is None else arguments)
     check = "--check" in args
-    paths = [arg for arg in args if arg != "--check"] or ["docs/PROTOCOL.md"]
-    path = Path(paths[0])
-    page = path.read_text()
-    rendered = render(page)
-    if rendered == page:
-        return 0
-    if check:
-        sys.stderr.write(f"{path} is not up to date: run python -m shadowmmu.protocol.docgen\n")
-        return 1
-    path.write_text(rendered)
-    return 0
+    folders = [arg for arg in args if arg != "--check"] or ["docs"]
+    stale = [
+        (path, text)
+        for path, text in _outputs(Path(folders[0]))
+        if not path.exists() or path.read_text() != text
+    ]
+    for path, text in stale:
+        if check:
+            sys.stderr.write(f"{path} is not up to date: run python -m shadowmmu.protocol.docgen\n")
+        else:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+    return 1 if check and stale else 0
 
 
 if __name__ == "__main__":

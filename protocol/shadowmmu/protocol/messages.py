@@ -27,6 +27,12 @@ Text: TypeAlias = Annotated[str, Meta(max_length=1024)]
 VcpuId: TypeAlias = Annotated[int, Meta(ge=0, le=255)]
 Processor: TypeAlias = Annotated[int, Meta(ge=0, le=255)]
 
+Seconds: TypeAlias = Annotated[float, Meta(gt=0)]
+
+# What services send: the bounds are promises, told in the documents and not checked by those who receive.
+PendingVector: TypeAlias = Annotated[int, Meta(extra_json_schema={"minimum": 32, "maximum": 255})]
+DirtyFrame: TypeAlias = Annotated[int, Meta(extra_json_schema={"minimum": 0, "maximum": (1 << 40) - 1})]
+
 LOG_LIMIT = 64
 """Most accesses in one Log message."""
 LOG_SECONDS = 0.005
@@ -222,7 +228,7 @@ class Attached(_Message, tag="attached", frozen=True, omit_defaults=True):
     vcpu: VcpuId | None
     incarnation: U64
     vpid: bool
-    heartbeat: float  # seconds between heartbeats
+    heartbeat: Seconds  # between heartbeats
     pfec_mask: U32 = 0
     pfec_match: U32 = 0
 
@@ -254,7 +260,7 @@ class Entered(_Message, tag="entered", frozen=True, omit_defaults=True):
     inject: InjectedFault | None = None
     completed: Completed | None = None
     general_protection: bool = False
-    interrupts: Annotated[list[int], Meta(max_length=256)] = []
+    interrupts: Annotated[list[PendingVector], Meta(max_length=256)] = []
     processor: Processor = 0
 
 
@@ -457,7 +463,7 @@ class HostReply(_Message, tag="host_reply", frozen=True):
 
     request: U64
     result: int
-    gfns: list[int] = []
+    gfns: list[DirtyFrame] = []
 
 
 # --- either way --------------------------------------------------------------------------------------------------
@@ -587,7 +593,7 @@ class Joined(_Message, tag="joined", frozen=True):
     member: U32
     config: RunConfig
     mmu_endpoint: Text
-    heartbeat: float  # seconds between heartbeats
+    heartbeat: Seconds  # between heartbeats
 
 
 class Ready(_Message, tag="ready", frozen=True):
