@@ -122,7 +122,7 @@ class Word(msgspec.Struct, frozen=True):
     value: int
 
 
-class HostStep(msgspec.Struct, frozen=True, tag="host"):
+class HostStep(msgspec.Struct, frozen=True, tag="host", omit_defaults=True):
     """One operation of a host thread, as it was written. It begins when memory holds `when`, None for at once."""
 
     text: str
