@@ -26,12 +26,8 @@ ProfileName: TypeAlias = Annotated[str, Meta(min_length=1, max_length=4096)]  # 
 Text: TypeAlias = Annotated[str, Meta(max_length=1024)]
 VcpuId: TypeAlias = Annotated[int, Meta(ge=0, le=255)]
 Processor: TypeAlias = Annotated[int, Meta(ge=0, le=255)]
-
 Seconds: TypeAlias = Annotated[float, Meta(gt=0)]
-
-# What services send: the bounds are promises, told in the documents and not checked by those who receive.
-PendingVector: TypeAlias = Annotated[int, Meta(extra_json_schema={"minimum": 32, "maximum": 255})]
-DirtyFrame: TypeAlias = Annotated[int, Meta(extra_json_schema={"minimum": 0, "maximum": (1 << 40) - 1})]
+PendingVector: TypeAlias = Annotated[int, Meta(ge=32, le=255)]
 
 LOG_LIMIT = 64
 """Most accesses in one Log message."""
@@ -463,7 +459,7 @@ class HostReply(_Message, tag="host_reply", frozen=True):
 
     request: U64
     result: int
-    gfns: list[DirtyFrame] = []
+    gfns: list[Frame] = []
 
 
 # --- either way --------------------------------------------------------------------------------------------------
@@ -611,7 +607,7 @@ class Start(_Message, tag="start", frozen=True):
 class Progress(_Message, tag="progress", frozen=True):
     """Counters so far. `done`: the member's share of the instructions is executed."""
 
-    counters: dict[str, int]
+    counters: dict[str, U64]
     done: bool = False
 
 
@@ -649,7 +645,7 @@ class Report(_Message, tag="report", frozen=True):
     `histograms`: HdrHistogram V2 encodings (base64), microseconds; `info`: free-form names to text.
     """
 
-    counters: dict[str, int]
+    counters: dict[str, U64]
     histograms: dict[str, str] = {}
     info: dict[str, str] = {}
 
