@@ -122,7 +122,8 @@ class VcpuCore:
         counts = {f"vcpu.{name}": count for name, count in sorted(self._counts.items())}
         counts["vcpu.instructions"] = self.instructions
         accesses = self._logged + self._counts["loads"] + self._counts["locked"]
-        counts["vcpu.tlb_hits"] = accesses - self._counts["walks_used"]
+        # The access for which a walk was made may not be executed yet.
+        counts["vcpu.tlb_hits"] = max(accesses - self._counts["walks_used"], 0)
         counts["vcpu.tlb_misses"] = self._counts["walks"]
         counts.update({f"guest.{name}": count for name, count in self.program.counters().items()})
         return counts
