@@ -85,6 +85,7 @@ imports: $(READY)
 # What is generated from data must be what is committed: one command a line, which fails if it is not.
 drift: $(READY)
 	$(BIN)/python -m shadowmmu.protocol.docgen --check
+	$(BIN)/python -m shadowmmu.protocol_check.docgen --check
 
 bench: $(READY) ## the benchmarks (BENCH_ARGS)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)

@@ -13,6 +13,7 @@ from shadowmmu.cli.explain import explain
 from shadowmmu.cli.explore import explore
 from shadowmmu.cli.hunt import hunt
 from shadowmmu.cli.offline import conform, health, profiles, replay
+from shadowmmu.cli.protocol import protocol_app
 from shadowmmu.cli.serve import serve_app, worker_app
 from shadowmmu.cli.stress import stress
 from shadowmmu.cli.usage import StrictGroup
@@ -35,6 +36,7 @@ app.command()(check)
 app.command()(conform)
 app.add_typer(serve_app, name="serve")
 app.add_typer(worker_app, name="worker")
+app.add_typer(protocol_app, name="protocol")
 app.command()(profiles)
 app.command()(bugs)
 app.command()(health)
