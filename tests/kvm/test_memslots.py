@@ -1,6 +1,7 @@
 """Memory slots that come, move and go."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -92,6 +93,21 @@ def test_contents_and_host_frames_go_with_a_slot_that_moves() -> None:
     assert world.kvm.host.pfn(OTHER + 10) == pfn
     assert world.kvm.host.gfn_of(pfn) == OTHER + 10
     assert mmu_audit(world.kvm) == []
+
+
+def test_the_host_knows_all_memory_that_was_ever_behind_a_slot() -> None:
+    world = world_of()
+    set_region(world, SLOT)
+    gone = set_region(world, GONE)
+    set_region(world, MOVED)
+    world.run(host.munmap(world.kvm, gone))
+    memories = world.kvm.host.memories
+    assert [(memory.base_gfn, memory.mapped) for memory in memories] == [
+        (0, True),
+        (BASE, False),
+        (OTHER, True),
+    ]
+    assert all(one.end <= next_one.base for one, next_one in pairwise(memories))
 
 
 def test_a_new_slot_has_frames_that_nobody_had() -> None:

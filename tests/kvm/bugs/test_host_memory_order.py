@@ -11,6 +11,7 @@ from shadowmmu.kvm import (
     Instruction,
     InstructionKind,
     Kick,
+    MemorySlot,
     MmuLock,
     Operation,
     Point,
@@ -22,11 +23,13 @@ from shadowmmu.kvm import (
     kvm_mmu_invlpg,
     kvm_mmu_zap_all,
     kvm_set_cr3,
+    migrate,
     mmu_audit,
     set_dirty_logging,
     vcpu_enter_guest,
 )
 from shadowmmu.kvm.emulate import x86_emulate_instruction
+from shadowmmu.kvm.store_buffer import GuestStore, ModeStore
 from shadowmmu.protocol.events import EmulatedStore
 from shadowmmu.protocol.messages import MemoryModel
 from tests.kvm.kit import PAGE, TABLE, WRITE, World, frame_address, gva, identity_map
@@ -42,9 +45,9 @@ def entry(gfn: int) -> int:
     return gfn << 12 | PAGE
 
 
-def world_of(profile: str, memory_model: MemoryModel = TSO) -> World:
+def world_of(profile: str, memory_model: MemoryModel = TSO, **config: Any) -> World:
     """Two vCPUs on the same tables, which map X to OLD."""
-    world = World(2, profile, memory_model=memory_model)
+    world = World(2, profile, memory_model=memory_model, **config)
     identity_map(world)
     world.set_gpte(world.root, 0, L3, TABLE)
     world.set_gpte(L3, 0, L2, TABLE)
@@ -202,6 +205,44 @@ def test_the_thread_reads_what_it_has_stored() -> None:
     assert world.access(one, X) == 222
 
 
+@pytest.mark.parametrize(
+    "gpa, size, value, loaded",
+    [
+        (0, 4, 0xAABBCCDD, 0xAABBCCDD),
+        (2, 4, 0xAABBCCDD, 0xCCDD3210),  # its two low bytes are the high ones of the load
+        (-3, 4, 0xAABBCCDD, 0x765432AA),  # its high byte is the low one
+        (1, 1, 0xFF, 0x7654FF10),
+        (4, 4, 0xAABBCCDD, 0x76543210),
+        (-4, 4, 0xAABBCCDD, 0x76543210),
+    ],
+)
+def test_a_load_has_those_bytes_of_a_buffered_store_that_it_reads(
+    gpa: int, size: int, value: int, loaded: int
+) -> None:
+    world = world_of("linux-3.1")
+    (slot,) = world.kvm.memslots
+    buffered(world).put(GuestStore(slot, 4096 + gpa, size, value, None))
+    assert buffered(world).forward(slot, 4096, 4, 0x76543210) == loaded
+
+
+def test_of_two_buffered_stores_a_load_has_the_later_one() -> None:
+    world = world_of("linux-3.1")
+    (slot,) = world.kvm.memslots
+    for value in (1, 2):
+        buffered(world).put(GuestStore(slot, 4096, 4, value, None))
+    assert buffered(world).forward(slot, 4096, 4, 0) == 2
+
+
+def test_a_load_has_nothing_of_stores_to_other_things() -> None:
+    """The mode, and the memory that another slot had at the same address."""
+    world = world_of("linux-3.1", memslots=(MemorySlot(0, 0, 64), MemorySlot(1, 64, 64)))
+    slot, other = world.kvm.memslots
+    buffered(world).put(ModeStore(VcpuMode.IN_GUEST_MODE))
+    buffered(world).put(GuestStore(other, 4096, 4, 1, None))
+    assert buffered(world).forward(slot, 4096, 4, 5) == 5
+    assert buffered(world).forward(other, 4096, 4, 5) == 1
+
+
 @pytest.mark.parametrize("change", [host.unmap, host.reclaim])
 def test_the_hosts_own_tlb_flush_makes_stores_visible(change: Any) -> None:
     world = world_of("linux-3.1")
@@ -210,15 +251,22 @@ def test_the_hosts_own_tlb_flush_makes_stores_visible(change: Any) -> None:
     assert world.gpte(T, 9) == entry(NEW)
 
 
-def test_guest_entry_makes_stores_visible_before_guest_mode() -> None:
-    world = world_of("linux-3.1-mode-request-barrier")
+def stored_without_a_barrier(profile: str) -> World:
+    """vCPU 0's store to T is in its buffer, and nothing up to guest mode is a barrier."""
+    world = world_of(profile)
     zero = world.vcpus[0]
     world.enter(zero)
     world.exit(zero)
     zero.requests = 0
     world.run(kvm_mmu_zap_all(world.kvm))
-    zero.requests = 0  # the root of before is used on, so that nothing on the way is a barrier
+    zero.requests = 0  # the root of before is used on
     world.run(store_to_t(zero))
+    return world
+
+
+def test_guest_entry_makes_stores_visible_before_guest_mode() -> None:
+    world = stored_without_a_barrier("linux-3.1-mode-request-barrier")
+    zero = world.vcpus[0]
     entering = world.start(vcpu_enter_guest(zero)).until(Point.ENTER_GUEST_MODE_BUFFERED)
     assert (len(buffered(world)), zero.mode, world.gpte(T, 9)) == (2, VcpuMode.OUTSIDE_GUEST_MODE, entry(OLD))
     buffered(world).drain_oldest()
@@ -226,3 +274,28 @@ def test_guest_entry_makes_stores_visible_before_guest_mode() -> None:
     assert not buffered(world).drainable  # the mode is seen when the vCPU is in the guest
     entering.finish()
     assert zero.mode is VcpuMode.IN_GUEST_MODE
+
+
+@pytest.mark.parametrize("processor, contents", [(0, OLD), (1, NEW)], ids=["stays", "moves"])
+def test_a_thread_that_moves_to_another_processor_leaves_no_stores_behind(
+    processor: int, contents: int
+) -> None:
+    world = stored_without_a_barrier("linux-3.1-mode-request-barrier-stale-on-old-pcpu")
+    zero = world.vcpus[0]
+    world.run(migrate(zero, processor))
+    assert world.gpte(T, 9) == entry(OLD)
+    world.start(vcpu_enter_guest(zero)).until(Point.ENTER_GUEST_MODE_BUFFERED)
+    assert (zero.cpu, world.gpte(T, 9)) == (processor, entry(contents))
+
+
+def test_a_vcpu_that_turns_back_for_a_request_is_outside_guest_mode_for_everybody() -> None:
+    world = world_of("linux-3.1-mode-request-barrier")
+    zero = world.vcpus[0]
+    world.enter(zero)
+    world.exit(zero)
+    entering = world.start(vcpu_enter_guest(zero)).until(Point.ENTER_GUEST_REQUESTS)
+    world.run(kvm_flush_remote_tlbs(world.kvm))
+    entering.until(Point.ENTER_GUEST_RELOAD)
+    assert (zero.mode, len(buffered(world))) == (VcpuMode.OUTSIDE_GUEST_MODE, 0)
+    entered = entering.finish()
+    assert (entered.passes, entered.hw_flushes, zero.mode) == (2, 1, VcpuMode.IN_GUEST_MODE)

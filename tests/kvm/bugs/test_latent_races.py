@@ -19,6 +19,7 @@ from shadowmmu.kvm import (
     mmu_audit,
     set_dirty_logging,
 )
+from shadowmmu.kvm.roots import mmu_free_roots
 from shadowmmu.machine.operations import HostResult, host_operation
 from shadowmmu.protocol.events import TlbsDirtyRaised
 from shadowmmu.protocol.messages import WritePhys
@@ -244,11 +245,16 @@ def test_c1_a_table_is_protected_while_the_dirty_log_has_not_flushed_yet(
 # C2: a look without the lock
 
 
-def c2(profile: str, until: object) -> tuple[World, object]:
-    """vCPU 0 gets its write access to T; at that effect vCPU 1 uses it, writes CR3, and reads x."""
+def c2(profile: str, until: object, mapped: bool) -> tuple[World, object]:
+    """vCPU 0 gets its write access to T; at that effect vCPU 1 uses it, writes CR3, and reads x.
+
+    `mapped`: T was mapped before it was shadowed, so that the shadow entry is there, read-only by now.
+    """
     world = world_of(profile)
     zero, one = world.vcpus
     world.set_gpte(T, 9, P1)
+    if mapped:
+        world.access(zero, STORE_TO_X)
     world.enter(zero)
     assert world.access(one, X) == 111
     world.exit(zero)
@@ -262,16 +268,18 @@ def c2(profile: str, until: object) -> tuple[World, object]:
     return world, value
 
 
+@pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("base", ["fixed", "linux-3.1"])
-def test_c2_cr3_is_written_between_a_writable_entry_and_its_unsync_flag(base: str) -> None:
-    world, value = c2(f"{base}-lockless-sync-roots", Point.UNSYNC_LATE)
+def test_c2_cr3_is_written_between_a_writable_entry_and_its_unsync_flag(base: str, mapped: bool) -> None:
+    world, value = c2(f"{base}-lockless-sync-roots", Point.UNSYNC_LATE, mapped)
     assert value == 111  # only P2 was there when the vCPU wrote CR3
     assert mmu_audit(world.kvm) == []  # once all is done the flag is set
 
 
+@pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("base", ["fixed", "linux-3.1"])
-def test_c2_with_the_lock_held_nobody_is_between(base: str) -> None:
-    _, value = c2(base, MmuLock.RELEASE)
+def test_c2_with_the_lock_held_nobody_is_between(base: str, mapped: bool) -> None:
+    _, value = c2(base, MmuLock.RELEASE, mapped)
     assert value == 222
 
 
@@ -285,6 +293,22 @@ def test_c2_tables_known_to_be_unsync_are_synchronised(profile: str) -> None:
     reload_cr3(world, one)
     assert world.access(one, X) == 222
     assert mmu_audit(world.kvm) == []
+
+
+@pytest.mark.parametrize("profile", ["fixed-lockless-sync-roots", "fixed"])
+def test_c2_a_reload_of_cr3_forgets_the_mmio_cache_only_of_a_vcpu_that_has_a_root(profile: str) -> None:
+    world = world_of(profile, vcpus=1)
+    (zero,) = world.vcpus
+    nowhere = gva(l1=11)
+    world.set_gpte(T, 11, 1 << 20)
+    world.access(zero, nowhere)
+    assert zero.mmio_gva == nowhere
+    reload_cr3(world, zero)
+    assert zero.mmio_gva == 0
+    world.access(zero, nowhere)
+    world.run(mmu_free_roots(zero))
+    reload_cr3(world, zero)
+    assert zero.mmio_gva == nowhere
 
 
 # The other fix of A1

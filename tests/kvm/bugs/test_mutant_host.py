@@ -18,6 +18,7 @@ from shadowmmu.kvm import (
     vcpu_enter_guest,
 )
 from shadowmmu.protocol.events import FrameRevoked
+from shadowmmu.protocol.messages import Tdp
 from tests.kvm.bugs.kit_mutants import (
     BLOCK,
     L2,
@@ -110,6 +111,21 @@ def test_b19_a_frame_that_went_after_it_was_looked_up_is_not_mapped(
     assert revoked(world) == {pfn}
     fault.finish()
     assert reaches(world, zero, X, pfn) is broken
+
+
+@pytest.mark.parametrize("tdp", [None, Tdp.NPT, Tdp.EPT], ids=["paging off", "npt", "ept"])
+@with_and_without("notifier-retry-late-seq")
+def test_b19_a_frame_that_went_is_not_mapped_directly_either(
+    profile: str, broken: bool, tdp: Tdp | None
+) -> None:
+    world = World(1, profile, tdp=tdp)
+    (zero,) = world.vcpus
+    pfn = world.kvm.host.pfn(G)
+    fault = start_fault(world, zero, G << 12).until(Point.LATE_SEQ if broken else Point.DIRECT_BEFORE_LOCK)
+    world.run(host.reclaim(world.kvm, G))
+    assert revoked(world) == {pfn}
+    fault.finish()
+    assert reaches(world, zero, G << 12, pfn) is broken
 
 
 @pytest.mark.parametrize("slug", ["notifier-retry", "notifier-retry-count"])
@@ -227,6 +243,18 @@ def test_b22_no_flush_is_lost_while_a_vcpu_enters(profile: str, broken: bool) ->
     if entering.finish().hw_flushes:
         world.tlbs[1].clear()
     assert world.try_store(one, X, 2) is broken
+
+
+@pytest.mark.parametrize("profile", ["linux-3.1", "linux-3.1-mode-vs-request-order"])
+def test_b22_a_request_that_precedes_the_last_test_is_served(profile: str) -> None:
+    world = world_of(profile)
+    one = world.vcpus[1]
+    world.access(one, X)
+    world.exit(one)
+    entering = world.start(vcpu_enter_guest(one)).until(Point.ENTER_GUEST_REQUESTS)
+    world.run(host.reclaim(world.kvm, G))
+    entered = entering.finish()
+    assert (entered.passes, entered.hw_flushes, one.requests) == (2, 1, 0)
 
 
 # Memory slots
