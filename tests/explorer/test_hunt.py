@@ -254,7 +254,7 @@ def test_a_hunt_of_another_seed_is_not_gone_on_with() -> None:
 
 def test_the_command_keeps_what_it_finds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     _guests(monkeypatch, A6)
-    arguments = ["hunt", "--profile", "linux-3.1", "--out", str(tmp_path), "--scenarios"]
+    arguments = ["hunt", "--jobs", "1", "--profile", "linux-3.1", "--out", str(tmp_path), "--scenarios"]
     result = CliRunner().invoke(app, [*arguments, "3"])
     assert result.exit_code == 1
     assert "pf-injection-no-sync" in result.stdout
@@ -266,7 +266,7 @@ def test_the_command_keeps_what_it_finds(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_the_command_says_when_there_is_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     _guests(monkeypatch, HARMLESS)
-    result = CliRunner().invoke(app, ["hunt", "--profile", "fixed", "--scenarios", "3"])
+    result = CliRunner().invoke(app, ["hunt", "--jobs", "1", "--profile", "fixed", "--scenarios", "3"])
     assert result.exit_code == 0
     assert "0 distinct findings in 3 random guests" in result.stdout
 
@@ -276,7 +276,7 @@ def test_an_interrupted_hunt_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(hunting, "look_at", interrupted)
-    assert CliRunner().invoke(app, ["hunt", "--scenarios", "3"]).exit_code == 2
+    assert CliRunner().invoke(app, ["hunt", "--jobs", "1", "--scenarios", "3"]).exit_code == 2
 
 
 @pytest.mark.parametrize("arguments", [["--profile", "linux-9"], ["--jobs", "0"], ["--scenarios", "0"]])

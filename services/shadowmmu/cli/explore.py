@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from shadowmmu.cli.options import ModeOption, WorkloadOption, make_config
+from shadowmmu.cli.options import ModeOption, WorkloadOption, make_config, usable_cores
 from shadowmmu.cli.usage import bad_value, make_folder
 from shadowmmu.explorer.strategy import Strategy
 from shadowmmu.protocol.messages import GuestMode, Workload
@@ -61,14 +61,15 @@ def explore(
         int, typer.Option("--seed", min=0, rich_help_panel=_SEARCH, help="Fixes all choices.")
     ] = 0,
     jobs: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--jobs",
             min=1,
-            help="Processes: several tests, or several seeds of one.",
+            help="Processes: several tests, or several seeds of one. If not given 1; as many as there are cores for "
+            "--all-bugs.",
             rich_help_panel=_SEARCH,
         ),
-    ] = 1,
+    ] = None,
     state: Annotated[
         Path | None,
         typer.Option(
@@ -111,7 +112,7 @@ def explore(
             raise bad_value("--all-bugs", "takes no tests and no workload: it has its own")
         from shadowmmu.cli.all_bugs import all_bugs as run_all_bugs
 
-        raise typer.Exit(run_all_bugs(budget or 600.0, strategy, seed, jobs, out))
+        raise typer.Exit(run_all_bugs(budget or 600.0, strategy, seed, jobs or usable_cores(), out))
     if workload is not None:
         scenarios: list[Scenario] = [
             _workload(workload, mode, profile, vcpus=vcpus, ops=ops, host_ops=host_ops, seed=seed)
@@ -131,7 +132,7 @@ def explore(
             executions=executions,
             first=first,
             seed=seed,
-            jobs=jobs,
+            jobs=jobs or 1,
             state=state,
             coverage=coverage,
             out=out,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from shadowmmu.cli.console import output_console, progress_line
+from shadowmmu.cli.options import usable_cores
 from shadowmmu.cli.usage import bad_value
 
 if TYPE_CHECKING:
@@ -45,7 +46,9 @@ def hunt(
             "--scenarios", min=1, help="Random guests in all; so many give the same findings always."
         ),
     ] = None,
-    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Processes.")] = 1,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", min=1, help="Processes; as many as there are cores if not given.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Fixes all choices.")] = 0,
     out: Annotated[
         Path | None,
@@ -76,7 +79,7 @@ def hunt(
         if out is not None:
             _save_repro(repro, out / _repro_name(number))
 
-    with _processes(jobs) as executor:
+    with _processes(jobs or usable_cores()) as executor:
         going = Hunt(state, executor, time.monotonic, keep)
         interrupted = _go(going, limit, out)
     _show(state, out)

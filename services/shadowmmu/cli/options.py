@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +35,15 @@ __all__ = [
     "Vpid",
     "WorkloadOption",
     "make_config",
+    "usable_cores",
 ]
+
+
+def usable_cores() -> int:
+    """How many processor cores this process may use, where the system tells; else how many there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class LogFormat(enum.Enum):
