@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import Executor
+from concurrent.futures import BrokenExecutor, Executor
 from itertools import count
 from pathlib import Path
 
@@ -269,6 +269,16 @@ def test_the_command_says_when_there_is_nothing(monkeypatch: pytest.MonkeyPatch)
     result = CliRunner().invoke(app, ["hunt", "--jobs", "1", "--profile", "fixed", "--scenarios", "3"])
     assert result.exit_code == 0
     assert "0 distinct findings in 3 random guests" in result.stdout
+
+
+def test_a_hunt_that_loses_a_process_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(_: Look) -> Looked:
+        raise BrokenExecutor("a process was terminated abruptly")
+
+    monkeypatch.setattr(hunting, "look_at", lost)
+    result = CliRunner().invoke(app, ["hunt", "--jobs", "1", "--scenarios", "3"])
+    assert result.exit_code == 2
+    assert "shadowmmu hunt: a process was terminated abruptly" in result.output
 
 
 def test_an_interrupted_hunt_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

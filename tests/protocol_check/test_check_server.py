@@ -65,6 +65,12 @@ def test_nobody_there_is_status_2(tmp_path: Path) -> None:
     assert "no MMU service" in done.stderr
 
 
+def test_what_is_no_address_is_a_usage_error() -> None:
+    done = run_kit("--connect", "nonsense")
+    assert done.returncode == 64
+    assert "'nonsense' is no address" in done.stderr
+
+
 def test_a_service_that_is_in_use_cannot_be_checked(service: Service) -> None:
     lab = Lab(service.address, 5.0, 0, 1.0)
     try:

@@ -6,6 +6,7 @@ one that was not complete, or one that was interrupted).
 
 from __future__ import annotations
 
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -112,7 +113,12 @@ def explore(
             raise bad_value("--all-bugs", "takes no tests and no workload: it has its own")
         from shadowmmu.cli.all_bugs import all_bugs as run_all_bugs
 
-        raise typer.Exit(run_all_bugs(budget or 600.0, strategy, seed, jobs or usable_cores(), out))
+        try:
+            status = run_all_bugs(budget or 600.0, strategy, seed, jobs or usable_cores(), out)
+        except BrokenExecutor as error:
+            typer.echo(f"shadowmmu explore: {error}", err=True)
+            status = 2
+        raise typer.Exit(status)
     if workload is not None:
         scenarios: list[Scenario] = [
             _workload(workload, mode, profile, vcpus=vcpus, ops=ops, host_ops=host_ops, seed=seed)
@@ -234,7 +240,7 @@ def _explore(
             whole = Budget(budget, executions and executions * len(specs), first)
             with SearchProgress(whole) as progress:
                 reports = run_all(specs, jobs, progress.of_all)
-    except (ScenarioError, ValueError, OSError) as error:
+    except (ScenarioError, ValueError, OSError, BrokenExecutor) as error:
         typer.echo(f"shadowmmu explore: {error}", err=True)
         return 2
     for scenario in scenarios:

@@ -9,7 +9,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
@@ -158,6 +158,9 @@ def _go(going: Hunt, limit: HuntLimit, out: Path | None) -> bool:
             going.run(limit, look_up)
             going.finish()
         except KeyboardInterrupt:
+            return True
+        except BrokenExecutor as error:
+            typer.echo(f"shadowmmu hunt: {error}", err=True)
             return True
         finally:
             _write_state(going.state, out)

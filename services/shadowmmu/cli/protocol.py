@@ -9,7 +9,7 @@ import typer
 
 from shadowmmu.cli.console import output_console
 from shadowmmu.cli.loop import run_loop
-from shadowmmu.cli.usage import FAILED_STATUS
+from shadowmmu.cli.usage import FAILED_STATUS, check_addresses
 
 if TYPE_CHECKING:
     from shadowmmu.protocol_check import Report
@@ -47,6 +47,7 @@ def check_server(
     ] = 5.0,
 ) -> None:
     """Play clients to a running MMU service that has no others, and judge it. It is usable afterwards."""
+    check_addresses(**{"--connect": connect})
     from shadowmmu.protocol_check import ServerLimits, ServiceUnreachableError
     from shadowmmu.protocol_check import check_server as check
 

@@ -31,7 +31,7 @@ from shadowmmu.cli.options import (
     WorkloadOption,
     make_config,
 )
-from shadowmmu.cli.usage import bad_value
+from shadowmmu.cli.usage import check_addresses
 from shadowmmu.protocol.messages import Audit, RunConfig
 
 __all__ = ["serve_app", "worker_app"]
@@ -115,7 +115,7 @@ def serve_mmu(
             memory_pages=memory_pages,
             mmu_pages=mmu_pages,
         )
-    _check_addresses(**{"--bind": bind, "--coordinator": coordinator, "--advertise": advertise})
+    check_addresses(**{"--bind": bind, "--coordinator": coordinator, "--advertise": advertise})
     set_up_logs(log_format)
     options = MmuOptions(
         bind=bind,
@@ -176,7 +176,7 @@ def serve_coordinator(
     from shadowmmu.cli.coordinate import coordinate
     from shadowmmu.coordinator import RunSettings
 
-    _check_addresses(**{"--bind": bind})
+    check_addresses(**{"--bind": bind})
     config = make_config(
         vcpus,
         workload=workload,
@@ -213,7 +213,7 @@ def worker_vcpu(
     from shadowmmu.cli.logs import set_up_logs
     from shadowmmu.vcpu import WorkerOptions, run_worker
 
-    _check_addresses(**{"--coordinator": coordinator})
+    check_addresses(**{"--coordinator": coordinator})
     set_up_logs(log_format)
     options = WorkerOptions(coordinator=coordinator, linger_seconds=linger)
     if name is not None:
@@ -232,22 +232,9 @@ def worker_host(
     from shadowmmu.cli.logs import set_up_logs
     from shadowmmu.hostagent import AgentOptions, run_agent
 
-    _check_addresses(**{"--coordinator": coordinator})
+    check_addresses(**{"--coordinator": coordinator})
     set_up_logs(log_format)
     options = AgentOptions(coordinator=coordinator, linger_seconds=linger)
     if name is not None:
         options = msgspec.structs.replace(options, name=name)
     raise typer.Exit(run_loop(run_agent(options)))
-
-
-def _check_addresses(**addresses: str | None) -> None:
-    """ZeroMQ says no more than "invalid argument" of a bad address, and that late."""
-    for option, address in addresses.items():
-        if address is None:
-            continue
-        scheme, separator, rest = address.partition("://")
-        if scheme not in ("tcp", "ipc", "inproc") or not separator or not rest:
-            raise bad_value(option, f"{address!r} is no address; one is tcp://HOST:PORT or ipc://PATH")
-        port = rest.rpartition(":")[2]
-        if scheme == "tcp" and not (port == "*" or (port.isdigit() and int(port) < 1 << 16)):
-            raise bad_value(option, f"{address!r} has no port; an address is tcp://HOST:PORT")

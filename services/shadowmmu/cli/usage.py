@@ -15,7 +15,7 @@ from typing import Any, Final, cast
 import typer
 from typer.core import TyperGroup
 
-__all__ = ["USAGE_STATUS", "StrictGroup", "bad_value", "make_folder"]
+__all__ = ["USAGE_STATUS", "StrictGroup", "bad_value", "check_addresses", "make_folder"]
 
 USAGE_STATUS: Final = 64
 """EX_USAGE of sysexits.h."""
@@ -88,3 +88,16 @@ def _explain(error: Any) -> None:
     if text := error.format_message():
         typer.echo(f"{path}: {text}", err=True)
     typer.echo(f"'{path} --help' says what there is.", err=True)
+
+
+def check_addresses(**addresses: str | None) -> None:
+    """ZeroMQ says no more than "invalid argument" of a bad address, and that late."""
+    for option, address in addresses.items():
+        if address is None:
+            continue
+        scheme, separator, rest = address.partition("://")
+        if scheme not in ("tcp", "ipc", "inproc") or not separator or not rest:
+            raise bad_value(option, f"{address!r} is no address; one is tcp://HOST:PORT or ipc://PATH")
+        port = rest.rpartition(":")[2]
+        if scheme == "tcp" and not (port == "*" or (port.isdigit() and int(port) < 1 << 16)):
+            raise bad_value(option, f"{address!r} has no port; an address is tcp://HOST:PORT")
