@@ -148,6 +148,8 @@ class Children:
 
     @staticmethod
     def _signal(child: Child, number: signal.Signals) -> None:
+        # Not Process.send_signal: it polls first, and takes the exit status away from asyncio's own watcher,
+        # which then reports 255 (python/cpython#87744).
         if not child.ended:
             with contextlib.suppress(ProcessLookupError):
-                child.process.send_signal(number)
+                os.kill(child.process.pid, number)
