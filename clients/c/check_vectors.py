@@ -1,7 +1,7 @@
 """The golden vectors against the C client's decoder and encoder: `check_vectors.py PROGRAM`.
 
 The vectors are tests/protocol/vectors.json, PROGRAM is `vectors` (vectors.c). What this client neither sends nor
-receives (messages of host agents, and of the MMU service to the coordinator) it has to refuse as an unknown message.
+receives (messages of host agents, and of the MMU service to the coordinator; a program that goes on) it has to refuse.
 Relies on Python's standard library only.
 """
 
@@ -29,7 +29,7 @@ def line(vector: dict[str, Any]) -> str:
 
 def valid_complaint(vector: dict[str, Any], answer: dict[str, Any]) -> str | None:
     """What is wrong with the answer to a valid message, or None."""
-    if vector["body"]["t"] in NOT_OURS:
+    if vector["body"]["t"] in NOT_OURS or vector["body"].get("resume") is not None:
         return None if answer.get("code") == "malformed" else "should not be known"
     meant = {
         "incarnation": vector["incarnation"],

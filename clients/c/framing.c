@@ -7,7 +7,7 @@
 #define COUNT(array) (sizeof(array) / sizeof((array)[0]))
 #define BIT(n) (UINT64_C(1) << (n))
 
-const char version_frame[] = "SMMU/1.0";
+const char version_frame[] = "SMMU/1.1";
 static const unsigned spoken_major = 1;
 
 /* --- reading ----------------------------------------------------------------------------------------------------- */
@@ -149,6 +149,19 @@ static struct refusal read_text(const msgpack_object *object, uint64_t low, uint
     return fine;
 }
 
+static struct refusal read_bytes(const msgpack_object *object, struct bytes *bytes)
+{
+    if (object->type != MSGPACK_OBJECT_BIN)
+        return malformed("no byte string");
+    if (object->via.bin.size > sizeof bytes->items)
+        return malformed("a byte string is too long");
+    bytes->there = true;
+    bytes->count = object->via.bin.size;
+    if (bytes->count)
+        memcpy(bytes->items, object->via.bin.ptr, bytes->count);
+    return fine;
+}
+
 static struct refusal read_choice(const msgpack_object *object, const char *const *names, int *value)
 {
     for (int i = 0; names[i]; i++) {
@@ -282,8 +295,25 @@ static struct refusal read_field(const msgpack_object *object, const struct fiel
             return malformed("no boolean");
         *(bool *)to = object->via.boolean;
         return fine;
+    case REAL_OR_NULL:
+        if (null) {
+            *(double *)to = NONE;
+            return fine;
+        }
+        /* fall through */
     case REAL:
         return read_real(object, field, to);
+    case NOTHING:
+        *(bool *)to = false;
+        return null ? fine : malformed("what this client has not asked for");
+    case BYTES_OR_NULL:
+        if (null) {
+            ((struct bytes *)to)->there = false;
+            return fine;
+        }
+        /* fall through */
+    case BYTES:
+        return read_bytes(object, to);
     case TEXT:
         return read_text(object, field->low, field->high, to, field->high * 4 + 1);
     case CHOICE_OR_NULL:
@@ -328,6 +358,10 @@ static void set_default(const struct field *field, void *to)
     case UINT_OR_NULL: *(int64_t *)to = NONE; break;
     case BOOL: *(bool *)to = field->fallback; break;
     case REAL: *(double *)to = field->real_fallback; break;
+    case REAL_OR_NULL: *(double *)to = NONE; break;
+    case NOTHING: *(bool *)to = false; break;
+    case BYTES: *(struct bytes *)to = (struct bytes){.there = true}; break;
+    case BYTES_OR_NULL: *(struct bytes *)to = (struct bytes){.there = false}; break;
     case TEXT: strcpy(to, field->text_fallback); break;
     case CHOICE: *(int *)to = (int)field->fallback; break;
     case CHOICE_OR_NULL: *(int *)to = NONE; break;
@@ -501,9 +535,30 @@ static void write_field(msgpack_packer *packer, const struct field *field, const
         else
             msgpack_pack_false(packer);
         break;
+    case REAL_OR_NULL:
+        if (*(const double *)from == NONE) {
+            msgpack_pack_nil(packer);
+            break;
+        }
+        /* fall through */
     case REAL:
         msgpack_pack_double(packer, *(const double *)from);
         break;
+    case NOTHING:
+        msgpack_pack_nil(packer);
+        break;
+    case BYTES_OR_NULL:
+        if (!((const struct bytes *)from)->there) {
+            msgpack_pack_nil(packer);
+            break;
+        }
+        /* fall through */
+    case BYTES: {
+        const struct bytes *bytes = from;
+        msgpack_pack_bin(packer, bytes->count);
+        msgpack_pack_bin_body(packer, bytes->items, bytes->count);
+        break;
+    }
     case TEXT:
         write_text(packer, from);
         break;

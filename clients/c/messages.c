@@ -19,6 +19,8 @@
 #define STRING(struct_, member, low_, high_) {AT(struct_, member), .kind = TEXT, .low = low_, .high = high_}
 #define STRING_OR(struct_, member, low_, high_, value) \
     {AT(struct_, member), .kind = TEXT, .low = low_, .high = high_, .has_default = true, .text_fallback = value}
+#define TOKEN_OR_EMPTY(struct_, member) {AT(struct_, member), .kind = BYTES, .has_default = true}
+#define STATE(struct_) {AT(struct_, state), .kind = BYTES_OR_NULL, .has_default = true}
 #define ONE_OF(struct_, member, names_) {AT(struct_, member), .kind = CHOICE, .names = names_}
 #define ONE_OF_OR(struct_, member, names_, value) \
     {AT(struct_, member), .kind = CHOICE, .names = names_, .has_default = true, .fallback = value}
@@ -111,21 +113,29 @@ static const struct field attach_fields[] = {
     ONE_OF(attach, role, roles),
     STRING(attach, name, 1, 64),
     {AT(attach, vcpu), .kind = UINT_OR_NULL, .high = 255, .has_default = true},
+    FLAG_OR(attach, resumable, false),
+    TOKEN_OR_EMPTY(attach, token),
+    {AT(attach, heartbeat), .kind = REAL_OR_NULL, .real_low = 5e-324, .real_high = INFINITY, .has_default = true},
 };
+static const struct field resume_fields[] = {{AT(resume, token), .kind = BYTES}, INT(resume, received, 0, U64)};
+static const struct field resumed_fields[] = {INT(resumed, received, 0, U64)};
 static const struct field log_fields[] = {
     INT(log, entry, 0, U64),
     {AT(log, accesses), .kind = ACCESSES, .low = 1, .high = LOG_ACCESSES},
 };
 static const struct field walk_fields[] = {
     INT(walk, entry, 0, U64), INT(walk, walk, 0, U64), INT(walk, gva, 0, U64), INT(walk, flags, 0, 31)};
-static const struct field load_fields[] = {INT(load, entry, 0, U64), {AT(load, access), .kind = ACCESS}};
+static const struct field load_fields[] = {
+    INT(load, entry, 0, U64), {AT(load, access), .kind = ACCESS}, STATE(load)};
 static const struct field locked_fields[] = {
     INT(locked, entry, 0, U64),
     {AT(locked, access), .kind = ACCESS},
     ONE_OF(locked, op, locked_ops),
     INT_OR(locked, expected, 0, U64, 0),
+    STATE(locked),
 };
-static const struct field exit_fields[] = {INT(exit, entry, 0, U64), {AT(exit, reason), .kind = REASON}};
+static const struct field exit_fields[] = {
+    INT(exit, entry, 0, U64), {AT(exit, reason), .kind = REASON}, STATE(exit)};
 static const struct field attached_fields[] = {
     {AT(attached, vcpu), .kind = UINT_OR_NULL, .high = 255},
     INT(attached, incarnation, 0, U64),
@@ -133,6 +143,7 @@ static const struct field attached_fields[] = {
     {AT(attached, heartbeat), .kind = REAL, .real_low = 5e-324, .real_high = INFINITY},
     INT_OR(attached, pfec_mask, 0, U32, 0),
     INT_OR(attached, pfec_match, 0, U32, 0),
+    TOKEN_OR_EMPTY(attached, token),
 };
 static const struct field entered_fields[] = {
     INT(entered, entry, 0, U64),
@@ -142,6 +153,7 @@ static const struct field entered_fields[] = {
     FLAG_OR(entered, general_protection, false),
     {AT(entered, interrupts), .kind = OCTETS, .low = 32, .high = 255, .has_default = true},
     INT_OR(entered, processor, 0, 255, 0),
+    {AT(entered, resume), .kind = NOTHING, .has_default = true},
 };
 static const struct field walked_fields[] = {
     INT(walked, entry, 0, U64), INT(walked, walk, 0, U64), INT(walked, pfn, 0, U40), INT(walked, level, 1, 3),
@@ -153,9 +165,10 @@ static const struct field loaded_fields[] = {INT(loaded, entry, 0, U64), INT(loa
 static const struct field applied_fields[] = {INT(applied, logs, 0, U32)};
 static const struct field kick_fields[] = {INT(kick, entry, 0, U64)};
 static const struct field join_fields[] = {
-    ONE_OF(join, role, roles), STRING(join, name, 1, 64), STRING_OR(join, endpoint, 0, 1024, "")};
+    ONE_OF(join, role, roles), STRING(join, name, 1, 64), STRING_OR(join, endpoint, 0, 1024, ""),
+    INT_OR(join, member, 0, U32, 0), TOKEN_OR_EMPTY(join, token)};
 static const struct field ready_fields[] = {
-    {AT(ready, vcpu), .kind = UINT_OR_NULL, .high = 255, .has_default = true}};
+    {AT(ready, vcpu), .kind = UINT_OR_NULL, .high = 255, .has_default = true}, TOKEN_OR_EMPTY(ready, token)};
 static const struct field progress_fields[] = {
     {AT(progress, counters), .kind = COUNTERS}, FLAG_OR(progress, done, false)};
 static const struct field report_fields[] = {
@@ -168,18 +181,25 @@ static const struct field joined_fields[] = {
     {AT(joined, config), .kind = STRUCT, .shape = &run_config_shape},
     STRING(joined, mmu_endpoint, 0, 1024),
     {AT(joined, heartbeat), .kind = REAL, .real_low = 5e-324, .real_high = INFINITY},
+    TOKEN_OR_EMPTY(joined, run),
+    TOKEN_OR_EMPTY(joined, token),
+    {AT(joined, vcpu), .kind = UINT_OR_NULL, .high = 255, .has_default = true},
+    TOKEN_OR_EMPTY(joined, vcpu_token),
+    INT_OR(joined, next_event, 0, U64, 0),
 };
 static const struct field start_fields[] = {INT(start, vcpus, 1, 256)};
 static const struct field finished_fields[] = {
     ONE_OF(finished, verdict, verdicts), STRING_OR(finished, text, 0, 1024, "")};
 static const struct field error_fields[] = {
-    STRING(error_reply, code, 1, 64), STRING(error_reply, text, 0, 1024), INT_OR(error_reply, seq, 0, U64, 0)};
+    STRING(error_reply, code, 1, 64), STRING(error_reply, text, 0, 1024), INT_OR(error_reply, seq, 0, U64, 0),
+    INT_OR(error_reply, request, 0, U64, 0)};
 static const struct field ended_fields[] = {STRING(ended, code, 1, 64), STRING_OR(ended, text, 0, 1024, "")};
 
 #define SHAPE(struct_, tag_) {tag_, sizeof(struct struct_), struct_##_fields, COUNT(struct_##_fields)}
 #define EMPTY(tag_) {tag_, 0, NULL, 0}
 static const struct shape shapes[TAGS] = {
     [ATTACH] = SHAPE(attach, "attach"),
+    [RESUME] = SHAPE(resume, "resume"),
     [ENTER] = EMPTY("enter"),
     [LOG] = SHAPE(log, "log"),
     [WALK] = SHAPE(walk, "walk"),
@@ -188,6 +208,7 @@ static const struct shape shapes[TAGS] = {
     [EXIT] = SHAPE(exit, "exit"),
     [DETACH] = EMPTY("detach"),
     [ATTACHED] = SHAPE(attached, "attached"),
+    [RESUMED] = SHAPE(resumed, "resumed"),
     [ENTERED] = SHAPE(entered, "entered"),
     [WALKED] = SHAPE(walked, "walked"),
     [WALK_FAULT] = SHAPE(walk_fault, "walk_fault"),
@@ -209,11 +230,11 @@ static const struct shape shapes[TAGS] = {
 
 #define BIT(tag) (UINT64_C(1) << (tag))
 static const struct { uint64_t tags; size_t limit; } directions[DIRECTIONS] = {
-    [TO_MMU] = {BIT(ATTACH) | BIT(ENTER) | BIT(LOG) | BIT(WALK) | BIT(LOAD) | BIT(LOCKED) | BIT(EXIT) | BIT(DETACH) |
-                    BIT(HEARTBEAT),
+    [TO_MMU] = {BIT(ATTACH) | BIT(RESUME) | BIT(ENTER) | BIT(LOG) | BIT(WALK) | BIT(LOAD) | BIT(LOCKED) |
+                    BIT(EXIT) | BIT(DETACH) | BIT(HEARTBEAT),
                 128 << 10},
-    [FROM_MMU] = {BIT(ATTACHED) | BIT(ENTERED) | BIT(WALKED) | BIT(WALK_FAULT) | BIT(LOADED) | BIT(APPLIED) |
-                      BIT(KICK) | BIT(ERROR_REPLY) | BIT(ENDED) | BIT(HEARTBEAT),
+    [FROM_MMU] = {BIT(ATTACHED) | BIT(RESUMED) | BIT(ENTERED) | BIT(WALKED) | BIT(WALK_FAULT) | BIT(LOADED) |
+                      BIT(APPLIED) | BIT(KICK) | BIT(ERROR_REPLY) | BIT(ENDED) | BIT(HEARTBEAT),
                   8 << 20},
     [TO_COORDINATOR] = {BIT(JOIN) | BIT(READY) | BIT(PROGRESS) | BIT(REPORT) | BIT(HEARTBEAT), 1 << 20},
     [FROM_COORDINATOR] = {BIT(JOINED) | BIT(START) | BIT(DRAIN) | BIT(FINISHED) | BIT(ERROR_REPLY) | BIT(ENDED) |

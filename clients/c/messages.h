@@ -21,13 +21,14 @@ enum {
     NAME_BYTES = 64 * 4 + 1,
     TEXT_BYTES = 1024 * 4 + 1,
     PROFILE_BYTES = 4096 * 4 + 1,
+    TOKEN_BYTES = 64, /* of a program's state, which this client does not send, no more either */
 };
 
 enum direction { TO_MMU, FROM_MMU, TO_COORDINATOR, FROM_COORDINATOR, DIRECTIONS };
 
 enum tag {
-    ATTACH, ENTER, LOG, WALK, LOAD, LOCKED, EXIT, DETACH,
-    ATTACHED, ENTERED, WALKED, WALK_FAULT, LOADED, APPLIED, KICK,
+    ATTACH, RESUME, ENTER, LOG, WALK, LOAD, LOCKED, EXIT, DETACH,
+    ATTACHED, RESUMED, ENTERED, WALKED, WALK_FAULT, LOADED, APPLIED, KICK,
     JOIN, READY, PROGRESS, REPORT,
     JOINED, START, DRAIN, FINISHED,
     HEARTBEAT, ERROR_REPLY, ENDED,
@@ -67,13 +68,25 @@ struct reason {
     uint64_t vector;
 };
 
-struct attach { int role; char name[NAME_BYTES]; int64_t vcpu; };
+struct bytes { bool there; size_t count; unsigned char items[TOKEN_BYTES]; };
+
+/* `heartbeat`: NONE for null. */
+struct attach { int role; char name[NAME_BYTES]; int64_t vcpu; bool resumable; struct bytes token; double heartbeat; };
+struct resume { struct bytes token; uint64_t received; };
 struct log { uint64_t entry; struct accesses accesses; };
 struct walk { uint64_t entry, walk, gva, flags; };
-struct load { uint64_t entry; struct access access; };
-struct locked { uint64_t entry; struct access access; int op; uint64_t expected; };
-struct exit { uint64_t entry; struct reason reason; };
-struct attached { int64_t vcpu; uint64_t incarnation; bool vpid; double heartbeat; uint64_t pfec_mask, pfec_match; };
+struct load { uint64_t entry; struct access access; struct bytes state; };
+struct locked { uint64_t entry; struct access access; int op; uint64_t expected; struct bytes state; };
+struct exit { uint64_t entry; struct reason reason; struct bytes state; };
+struct attached {
+    int64_t vcpu;
+    uint64_t incarnation;
+    bool vpid;
+    double heartbeat;
+    uint64_t pfec_mask, pfec_match;
+    struct bytes token;
+};
+struct resumed { uint64_t received; };
 struct injected { bool there; uint64_t error_code, cr2; };
 struct completed { bool there; uint64_t value; bool mmio; };
 struct entered {
@@ -84,14 +97,15 @@ struct entered {
     bool general_protection;
     struct octets interrupts;
     uint64_t processor;
+    bool resume; /* never: it is for who attaches with a token */
 };
 struct walked { uint64_t entry, walk, pfn, level, flags; };
 struct walk_fault { uint64_t entry, walk, error_code; bool misconfig; };
 struct loaded { uint64_t entry, value; };
 struct applied { uint64_t logs; };
 struct kick { uint64_t entry; };
-struct join { int role; char name[NAME_BYTES]; char endpoint[TEXT_BYTES]; };
-struct ready { int64_t vcpu; };
+struct join { int role; char name[NAME_BYTES]; char endpoint[TEXT_BYTES]; uint64_t member; struct bytes token; };
+struct ready { int64_t vcpu; struct bytes token; };
 struct progress { struct counters counters; bool done; };
 struct report { struct counters counters; struct texts histograms, info; };
 struct run_config {
@@ -110,22 +124,33 @@ struct run_config {
     uint64_t tlb_sets, tlb_ways;
     bool check;
 };
-struct joined { uint64_t member; struct run_config config; char mmu_endpoint[TEXT_BYTES]; double heartbeat; };
+struct joined {
+    uint64_t member;
+    struct run_config config;
+    char mmu_endpoint[TEXT_BYTES];
+    double heartbeat;
+    struct bytes run, token;
+    int64_t vcpu;
+    struct bytes vcpu_token;
+    uint64_t next_event;
+};
 struct start { uint64_t vcpus; };
 struct finished { int verdict; char text[TEXT_BYTES]; };
-struct error_reply { char code[NAME_BYTES]; char text[TEXT_BYTES]; uint64_t seq; };
+struct error_reply { char code[NAME_BYTES]; char text[TEXT_BYTES]; uint64_t seq, request; };
 struct ended { char code[NAME_BYTES]; char text[TEXT_BYTES]; };
 
 struct message {
     enum tag tag;
     union {
         struct attach attach;
+        struct resume resume;
         struct log log;
         struct walk walk;
         struct load load;
         struct locked locked;
         struct exit exit;
         struct attached attached;
+        struct resumed resumed;
         struct entered entered;
         struct walked walked;
         struct walk_fault walk_fault;
@@ -146,8 +171,8 @@ struct message {
 
 /* What the tables say of a field of a struct. */
 enum kind {
-    UINT, UINT_OR_NULL, BOOL, REAL, TEXT, CHOICE, CHOICE_OR_NULL, ACCESS, ACCESSES, OCTETS, COUNTERS, TEXTS,
-    STRUCT, STRUCT_OR_NULL, INSTRUCTION, REASON
+    UINT, UINT_OR_NULL, BOOL, REAL, REAL_OR_NULL, TEXT, BYTES, BYTES_OR_NULL, NOTHING, CHOICE, CHOICE_OR_NULL, ACCESS,
+    ACCESSES, OCTETS, COUNTERS, TEXTS, STRUCT, STRUCT_OR_NULL, INSTRUCTION, REASON
 };
 struct field {
     const char *name;

@@ -5,6 +5,7 @@
 
 #include <errno.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/random.h>
 #include <time.h>
@@ -19,6 +20,10 @@ static const enum tag welcomes[] = {[WITH_MMU] = ATTACHED, [WITH_COORDINATOR] = 
 static const enum direction inward[] = {[WITH_MMU] = FROM_MMU, [WITH_COORDINATOR] = FROM_COORDINATOR};
 static const int64_t hard_limits[] = {[WITH_MMU] = 16 << 20, [WITH_COORDINATOR] = 1 << 20};
 static const double silent_intervals = 5;
+/* Of a session that can resume: after so many it tries another connection, and while that is not taken up. */
+static const double quiet_intervals = 3, resuming_intervals = 1;
+static const double patience = 60, attach_again = 5; /* seconds */
+enum { KEPT = 64 };
 
 /* --- legal order: the page's tables as a peer reads them --------------------------------------------------------- */
 
@@ -95,7 +100,7 @@ void session_violation(struct session *session, const char *why) { end(session, 
 bool session_may_attach_anew(const struct session *session)
 {
     static const char *const codes[] = {"given-up", "slow-consumer", "unreachable", "sequence-gap", "not-attached",
-                                        "stale-incarnation"};
+                                        "stale-incarnation", "not-resumable"};
     for (size_t i = 0; i < COUNT(codes); i++)
         if (strcmp(session->code, codes[i]) == 0)
             return true;
@@ -107,6 +112,8 @@ void session_close(struct session *session)
     if (session->socket)
         zmq_close(session->socket);
     session->socket = NULL;
+    free(session->kept);
+    session->kept = NULL;
 }
 
 double seconds_now(void)
@@ -118,12 +125,21 @@ double seconds_now(void)
 
 /* --- sending ----------------------------------------------------------------------------------------------------- */
 
+static bool counts(enum tag tag)
+{
+    return tag != ATTACH && tag != ATTACHED && tag != RESUME && tag != RESUMED && tag != HEARTBEAT && tag != DETACH &&
+           tag != ENDED && tag != ERROR_REPLY;
+}
+
+/* To the MMU service without waiting: where there is no connection, what counts is sent again on the next. */
 static void transmit(struct session *session, uint64_t incarnation, uint64_t number, const struct message *message)
 {
+    int flags = session->conversation == WITH_MMU ? ZMQ_DONTWAIT : 0;
     msgpack_sbuffer *envelope = encode(incarnation, number, message);
-    bool sent = envelope && zmq_send(session->socket, version_frame, strlen(version_frame), ZMQ_SNDMORE) >= 0 &&
-                zmq_send(session->socket, envelope->data, envelope->size, 0) >= 0;
-    if (!sent)
+    bool sent = envelope &&
+                zmq_send(session->socket, version_frame, strlen(version_frame), ZMQ_SNDMORE | flags) >= 0 &&
+                zmq_send(session->socket, envelope->data, envelope->size, flags) >= 0;
+    if (!sent && !(envelope && flags && zmq_errno() == EAGAIN))
         end(session, BROKEN, "", envelope ? zmq_strerror(zmq_errno()) : "no memory");
     if (envelope)
         msgpack_sbuffer_free(envelope);
@@ -148,7 +164,69 @@ void session_send(struct session *session, const struct message *message)
         session->state = (enum state)rule->then;
     if (message->tag == WALK)
         session->walk = message->walk.walk;
-    transmit(session, session->incarnation, ++session->sent, message);
+    if (counts(message->tag) && session->kept)
+        session->kept[session->sent_count++ % KEPT] = *message;
+    if (!session->resuming)
+        transmit(session, session->incarnation, ++session->sent, message);
+}
+
+/* --- connections ------------------------------------------------------------------------------------------------- */
+
+/*
+ * A socket of its own for each connection. With the MMU service ZeroMQ does not connect again by itself: what was lost
+ * in between would be missed only when it is too late.
+ */
+static bool connect_to_service(struct session *session)
+{
+    uint64_t random;
+    char id[64];
+    if (getrandom(&random, sizeof random, 0) != (ssize_t)sizeof random)
+        return false;
+    int length = snprintf(id, sizeof id, "c-%ld-%016llx", (long)getpid(), (unsigned long long)random);
+    int linger = 0; /* everything that matters is answered before the end */
+    int never = -1;
+    int64_t limit = hard_limits[session->conversation];
+    if (session->socket)
+        zmq_close(session->socket);
+    session->socket = zmq_socket(session->context, ZMQ_DEALER);
+    return session->socket && zmq_setsockopt(session->socket, ZMQ_ROUTING_ID, id, (size_t)length) == 0 &&
+           zmq_setsockopt(session->socket, ZMQ_LINGER, &linger, sizeof linger) == 0 &&
+           zmq_setsockopt(session->socket, ZMQ_MAXMSGSIZE, &limit, sizeof limit) == 0 &&
+           (session->conversation != WITH_MMU ||
+            zmq_setsockopt(session->socket, ZMQ_RECONNECT_IVL, &never, sizeof never) == 0) &&
+           zmq_connect(session->socket, session->address) == 0;
+}
+
+static bool can_resume(const struct session *session) { return session->token.count && session->kept; }
+
+/* The connection is lost, or something on it: goes on over another one. */
+static void resume(struct session *session)
+{
+    struct message message = {.tag = RESUME, .resume = {.token = session->token, .received = session->taken_count}};
+    session->resuming = true;
+    session->silent = 0;
+    if (connect_to_service(session))
+        transmit(session, session->incarnation, 0, &message);
+    else
+        end(session, BROKEN, "", zmq_strerror(zmq_errno()));
+}
+
+/* The service has taken up the new connection: sends again what it lacks. */
+static void go_on(struct session *session, uint64_t received)
+{
+    uint64_t lacking = session->sent_count - received;
+    if (lacking > KEPT || received > session->sent_count) {
+        end(session, REFUSED, "not-resumable", "the service lacks what is not kept, or counts wrongly");
+        return;
+    }
+    session->resuming = false;
+    session->resumed++;
+    session->received = 1;
+    session->sent = 0;
+    for (uint64_t i = session->sent_count - lacking; i < session->sent_count; i++)
+        transmit(session, session->incarnation, ++session->sent, &session->kept[i % KEPT]);
+    if (session->state == LEAVING)
+        transmit(session, session->incarnation, ++session->sent, &(struct message){.tag = DETACH});
 }
 
 /* --- receiving --------------------------------------------------------------------------------------------------- */
@@ -157,12 +235,19 @@ void session_send(struct session *session, const struct message *message)
 static void refused(struct session *session, uint64_t number, const struct error_reply *reply)
 {
     static const char *const our_fault[] = {
-        "malformed", "too-large", "bad-part-count", "unsupported-version", "unexpected-message", "already-attached",
-        "duplicate", "stale-entry", "unknown-entry", "unknown-request", "credit-exceeded", "unknown-frame",
-        "bad-argument", "not-attached", "stale-incarnation",
+        "malformed", "too-large", "bad-part-count", "unsupported-version", "unexpected-message", "stale-entry",
+        "unknown-entry", "unknown-request", "credit-exceeded", "unknown-frame", "bad-argument", "not-attached",
+        "stale-incarnation",
     };
     if (number != 0) {
         session_violation(session, "an error reply with a number");
+        return;
+    }
+    if (strcmp(reply->code, "already-attached") == 0)
+        return; /* the Attach came twice */
+    bool no_session = strcmp(reply->code, "not-attached") == 0 || strcmp(reply->code, "stale-incarnation") == 0;
+    if (no_session && can_resume(session)) {
+        resume(session); /* the service was restarted */
         return;
     }
     for (size_t i = 0; i < COUNT(our_fault); i++)
@@ -184,6 +269,9 @@ static bool check_welcome(struct session *session, const struct envelope *envelo
     }
     session->incarnation = incarnation;
     session->received = 1;
+    session->heard_at = seconds_now();
+    if (attached)
+        session->token = message->attached.token;
     session->heartbeat = attached ? message->attached.heartbeat : message->joined.heartbeat;
     return true;
 }
@@ -194,10 +282,37 @@ static bool is_late(const struct session *session, const struct message *message
            (message->tag == WALK_FAULT && message->walk_fault.walk < session->walk);
 }
 
+/* On a connection that is not taken up yet only the answer to Resume means anything. */
+static void answered_resume(struct session *session, const struct envelope *envelope, const struct message *message)
+{
+    if (message->tag == ERROR_REPLY && envelope->number == 0) {
+        if (strcmp(message->error.code, "already-attached") == 0)
+            return;
+        if (session->state == LEAVING && strcmp(message->error.code, "stale-incarnation") == 0)
+            end(session, ENDED_BY_SERVICE, "detached", ""); /* only Ended was lost */
+        else
+            end(session, REFUSED, message->error.code, message->error.text);
+    } else if (envelope->incarnation != session->incarnation) {
+        return;
+    } else if (message->tag == ENDED) {
+        end(session, ENDED_BY_SERVICE, message->ended.code, message->ended.text);
+    } else if (message->tag == RESUMED && envelope->number == 1) {
+        session->heard_at = seconds_now();
+        session->silent = 0;
+        go_on(session, message->resumed.received);
+    }
+}
+
 /* Whether the message is one for the caller. */
 static bool arrived(struct session *session, const struct envelope *envelope, const struct message *message)
 {
     bool attaching = session->state == ATTACHING;
+    if (session->resuming) {
+        answered_resume(session, envelope, message);
+        return false;
+    }
+    session->silent = 0;
+    session->heard_at = seconds_now();
     if (message->tag == ERROR_REPLY && !attaching) {
         if (envelope->incarnation == session->incarnation || envelope->incarnation == 0)
             refused(session, envelope->number, &message->error);
@@ -206,11 +321,19 @@ static bool arrived(struct session *session, const struct envelope *envelope, co
     if (envelope->incarnation < session->incarnation)
         return false;
     if (!attaching) {
+        bool ours = envelope->incarnation == session->incarnation && envelope->number > 0;
+        if (ours && envelope->number <= session->received)
+            return false; /* a repetition */
+        if (ours && envelope->number > session->received + 1 && can_resume(session)) {
+            resume(session); /* something was lost on the way */
+            return false;
+        }
         if (envelope->incarnation != session->incarnation || envelope->number != session->received + 1) {
             session_violation(session, "a number of an envelope is not the next one");
             return false;
         }
         session->received++;
+        session->taken_count += counts(message->tag);
         if (is_late(session, message))
             return false;
     }
@@ -259,7 +382,6 @@ bool session_take(struct session *session, struct message *message)
             count++;
             zmq_msg_close(&part);
         }
-        session->silent = 0;
         struct envelope envelope;
         struct refusal refusal = decode(inward[session->conversation], frames, count, &envelope, message);
         for (size_t i = 0; i < COUNT(parts) && i < count; i++)
@@ -287,7 +409,11 @@ void session_tick(struct session *session)
     double now = seconds_now(), passed = now - session->last_tick;
     session->last_tick = now;
     session->silent += passed < session->heartbeat ? passed : session->heartbeat;
-    if (session->silent > (silent_intervals + 1) * session->heartbeat)
+    double quiet = session->resuming ? resuming_intervals : quiet_intervals;
+    if (can_resume(session) && now - session->heard_at < patience) {
+        if (session->silent > quiet * session->heartbeat)
+            resume(session);
+    } else if (session->silent > (silent_intervals + 1) * session->heartbeat)
         end(session, SILENCE, "", "nothing was heard of the service for too long");
     static const struct message heartbeat = {.tag = HEARTBEAT};
     if (now - session->last_sent >= session->heartbeat / 2 && session_may_send(session, HEARTBEAT))
@@ -310,27 +436,14 @@ void sessions_wait(struct session *const sessions[], size_t count, int milliseco
 
 /* --- opening ----------------------------------------------------------------------------------------------------- */
 
-static bool connect_to(struct session *session, void *context, const char *address)
-{
-    uint64_t random;
-    char id[64];
-    if (getrandom(&random, sizeof random, 0) != (ssize_t)sizeof random)
-        return false;
-    int length = snprintf(id, sizeof id, "c-%ld-%016llx", (long)getpid(), (unsigned long long)random);
-    int linger = 0; /* everything that matters is answered before the end */
-    int64_t limit = hard_limits[session->conversation];
-    session->socket = zmq_socket(context, ZMQ_DEALER);
-    return session->socket && zmq_setsockopt(session->socket, ZMQ_ROUTING_ID, id, (size_t)length) == 0 &&
-           zmq_setsockopt(session->socket, ZMQ_LINGER, &linger, sizeof linger) == 0 &&
-           zmq_setsockopt(session->socket, ZMQ_MAXMSGSIZE, &limit, sizeof limit) == 0 &&
-           zmq_connect(session->socket, address) == 0;
-}
-
 bool session_open(struct session *session, enum conversation conversation, void *context, const char *address,
                   const struct message *hello, struct message *welcome)
 {
-    *session = (struct session){.conversation = conversation, .state = ATTACHING};
-    if (!connect_to(session, context, address)) {
+    *session = (struct session){.conversation = conversation, .state = ATTACHING, .context = context};
+    snprintf(session->address, sizeof session->address, "%s", address);
+    if (conversation == WITH_MMU)
+        session->kept = calloc(KEPT, sizeof *session->kept);
+    if ((conversation == WITH_MMU && !session->kept) || !connect_to_service(session)) {
         end(session, BROKEN, "", zmq_strerror(zmq_errno()));
         return false;
     }
@@ -343,6 +456,9 @@ bool session_open(struct session *session, enum conversation conversation, void 
         }
         if (seconds_now() > deadline)
             end(session, SILENCE, "", "no answer");
+        else if (conversation == WITH_MMU && seconds_now() - session->last_sent > attach_again &&
+                 connect_to_service(session))
+            transmit(session, 0, 0, hello);
         sessions_wait((struct session *[]){session}, 1, 100);
     }
     return false;

@@ -1,6 +1,7 @@
 /*
- * A session with a service over a ZeroMQ DEALER socket (docs/PROTOCOL.md, "Sessions"): opening, incarnations, numbers,
- * heartbeats, legal order, ending. Relies on libzmq, and on framing.h for bytes.
+ * A session with a service (docs/PROTOCOL.md, "Sessions"): opening, incarnations, numbers, heartbeats, legal order,
+ * ending; with the MMU service over one ZeroMQ DEALER socket after another, if a connection is lost. Relies on libzmq,
+ * and on framing.h for bytes.
  */
 #ifndef SMMU_PROTOCOL_H
 #define SMMU_PROTOCOL_H
@@ -21,11 +22,19 @@ enum ending { NOT_YET, ENDED_BY_SERVICE, FINISHED_RUN, REFUSED, VIOLATION, SILEN
 
 struct session {
     enum conversation conversation;
-    void *socket;
+    void *context, *socket;
+    char address[TEXT_BYTES];
     enum state state;
     uint64_t incarnation, sent, received;
     double heartbeat, last_sent, last_tick, silent; /* seconds */
     uint64_t walk; /* number of the last walk: answers to earlier ones are late */
+    /* With a token the session goes on over another connection. */
+    struct bytes token;
+    bool resuming;
+    uint64_t sent_count, taken_count; /* of the messages that count */
+    struct message *kept;             /* the last of those that were sent, a ring of KEPT */
+    double heard_at;
+    uint64_t resumed; /* how often it went on */
     enum ending ending;
     char code[NAME_BYTES]; /* of the error registry, or "" */
     char why[TEXT_BYTES];

@@ -31,6 +31,8 @@ static void print_counters(const struct vcpu *vcpu, uint64_t faults)
         printf("%s%s %" PRIu64, i ? ", " : "", counter_names[i], vcpu->counters[i]);
     printf("\n%s in guest entry %" PRIu64 "; the guest took %" PRIu64 " page faults\n", vcpu->session.code,
            vcpu->entry, faults);
+    if (vcpu->session.resumed)
+        printf("resumed %" PRIu64 " times\n", vcpu->session.resumed);
 }
 
 /* No processor leaves PAE in long mode: the guest takes #GP. DONE: it did. */
@@ -59,6 +61,7 @@ static int touch(void *zmq_context, const struct options *options)
         if (attached) {
             number = (int64_t)vcpu.number;
             printf("attached as vCPU %" PRIu64 "\n", vcpu.number);
+            fflush(stdout);
             touching.first = vcpu.number * options->pages;
             outcome = vcpu_enter(&vcpu);
         }

@@ -353,7 +353,11 @@ bool vcpu_attach(struct vcpu *vcpu, void *zmq_context, const char *address, cons
     memset(vcpu, 0, sizeof *vcpu);
     vcpu->log.tag = LOG;
     vcpu->credits = log_credits;
-    struct message hello = {.tag = ATTACH, .attach = {.role = ROLE_VCPU, .vcpu = number}}, welcome;
+    struct message hello = {
+        .tag = ATTACH,
+        .attach = {.role = ROLE_VCPU, .vcpu = number, .resumable = true, .heartbeat = NONE},
+    };
+    struct message welcome;
     snprintf(hello.attach.name, sizeof hello.attach.name, "%s", name);
     if (!session_open(&vcpu->session, WITH_MMU, zmq_context, address, &hello, &welcome))
         return false;

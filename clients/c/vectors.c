@@ -48,8 +48,29 @@ static void print_field(const struct field *field, const void *from)
     case BOOL:
         printf(*(const bool *)from ? "true" : "false");
         break;
+    case REAL_OR_NULL:
+        if (*(const double *)from == NONE) {
+            printf("null");
+            break;
+        }
+        /* fall through */
     case REAL:
         printf("%.17g", *(const double *)from);
+        break;
+    case NOTHING:
+        printf("null");
+        break;
+    case BYTES_OR_NULL:
+        if (!((const struct bytes *)from)->there) {
+            printf("null");
+            break;
+        }
+        /* fall through */
+    case BYTES:
+        printf("{\"$bin\":\"");
+        for (size_t i = 0; i < ((const struct bytes *)from)->count; i++)
+            printf("%02x", ((const struct bytes *)from)->items[i]);
+        printf("\"}");
         break;
     case TEXT:
         print_text(from);

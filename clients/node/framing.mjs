@@ -5,7 +5,7 @@ import { Decoder, encode } from "@msgpack/msgpack";
 import { DIRECTIONS, Float, isMessage, Refusal } from "./messages.mjs";
 
 export const MAJOR = 1;
-export const VERSION = "SMMU/1.0";
+export const VERSION = "SMMU/1.1";
 /** A larger frame ends the connection. */
 export const HARD_LIMITS = { "from the MMU service": 16 * 1024 * 1024, "from the coordinator": 1024 * 1024 };
 

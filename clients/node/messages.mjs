@@ -92,13 +92,20 @@ function oneOf(...names) {
   };
 }
 
-const bin = {
-  read(value, path) {
-    if (!(value instanceof Uint8Array)) throw malformed(path, "no byte string");
-    return value;
-  },
-  write: (value) => value,
-};
+function bytes(high) {
+  return {
+    read(value, path) {
+      if (!(value instanceof Uint8Array)) throw malformed(path, "no byte string");
+      if (value.length > high) throw malformed(path, "too long");
+      return value;
+    },
+    write: (value) => value,
+  };
+}
+
+const bin = bytes(Infinity);
+const token = bytes(64);
+const none = new Uint8Array(0);
 
 function nullable(type) {
   return {
@@ -260,22 +267,58 @@ const runConfig = struct({
 
 // The messages.
 
-const error = { code, text, seq: or(u64, 0n) };
+const error = { code, text, seq: or(u64, 0n), request: or(u64, 0n) };
 const ended = { code, text: or(text, "") };
 const heartbeat = float(0, Infinity, { above: true });
+const state = or(nullable(bytes(64 * 1024)), null);
+
+const loaded = { entry: u64, value: u64 };
+const walkFault = { entry: u64, walk: u64, error_code: accessFlags, misconfig: or(bool, false) };
+const entered = {
+  entry: u64,
+  flush: or(bool, false),
+  inject: or(nullable(struct({ error_code: accessFlags, cr2: u64 })), null),
+  completed: or(nullable(struct({ value: or(u64, 0n), mmio: or(bool, false) })), null),
+  general_protection: or(bool, false),
+  interrupts: or(array(vector, 0, 256), []),
+  processor: or(byte, 0),
+};
+// A trail's Entered has no trail itself.
+const toldInTrail = tagged({
+  entered: { ...entered, resume: or(nullable(struct({})), null) },
+  loaded,
+  walk_fault: walkFault,
+});
+const asked = oneOf(
+  "enter", "walk", "load", "locked", "page_fault", "ept_misconfig", "invlpg", "register_write", "send_ipi", "halt",
+  "external_interrupt",
+);
+const resumption = struct({
+  state,
+  trail: or(array(tuple(u64, asked, toldInTrail), 0, 4096), []),
+  accesses: or(u64, 0n),
+});
 
 /** The directions of docs/PROTOCOL.md: what is sent to and from the two services, and the soft limits there. */
 export const DIRECTIONS = {
   "to the MMU service": {
     limit: 128 * 1024,
     tables: {
-      attach: { role, name: str(1, 64), vcpu: or(nullable(byte), null) },
+      attach: {
+        role,
+        name: str(1, 64),
+        vcpu: or(nullable(byte), null),
+        resumable: or(bool, false),
+        token: or(token, none),
+        heartbeat: or(nullable(heartbeat), null),
+      },
+      resume: { token, received: u64 },
       enter: {},
       log: { entry: u64, accesses: array(loggedAccess, 1, 64) },
       walk: { entry: u64, walk: u64, gva: u64, flags: accessFlags },
-      load: { entry: u64, access: loggedAccess },
-      locked: { entry: u64, access: loggedAccess, op: lockedOp, expected: or(u64, 0n) },
-      exit: { entry: u64, reason: exitReason },
+      load: { entry: u64, access: loggedAccess, state },
+      locked: { entry: u64, access: loggedAccess, op: lockedOp, expected: or(u64, 0n), state },
+      exit: { entry: u64, reason: exitReason, state },
       detach: {},
       heartbeat: {},
       host_request: { request: u64, operation: hostOperation, paced: or(bool, false) },
@@ -291,19 +334,13 @@ export const DIRECTIONS = {
         heartbeat,
         pfec_mask: or(u32, 0),
         pfec_match: or(u32, 0),
+        token: or(token, none),
       },
-      entered: {
-        entry: u64,
-        flush: or(bool, false),
-        inject: or(nullable(struct({ error_code: accessFlags, cr2: u64 })), null),
-        completed: or(nullable(struct({ value: or(u64, 0n), mmio: or(bool, false) })), null),
-        general_protection: or(bool, false),
-        interrupts: or(array(vector, 0, 256), []),
-        processor: or(byte, 0),
-      },
+      resumed: { received: u64 },
+      entered: { ...entered, resume: or(nullable(resumption), null) },
       walked: { entry: u64, walk: u64, pfn: u40, level: integer(1n, 3n), flags: u16 },
-      walk_fault: { entry: u64, walk: u64, error_code: accessFlags, misconfig: or(bool, false) },
-      loaded: { entry: u64, value: u64 },
+      walk_fault: walkFault,
+      loaded,
       applied: { logs: u32 },
       kick: { entry: u64 },
       host_reply: { request: u64, result: int64, gfns: or(array(u40), []) },
@@ -315,8 +352,8 @@ export const DIRECTIONS = {
   "to the coordinator": {
     limit: 1024 * 1024,
     tables: {
-      join: { role, name: str(1, 64), endpoint: or(text, "") },
-      ready: { vcpu: or(nullable(byte), null) },
+      join: { role, name: str(1, 64), endpoint: or(text, ""), member: or(u32, 0), token: or(token, none) },
+      ready: { vcpu: or(nullable(byte), null), token: or(token, none) },
       progress: { counters, done: or(bool, false) },
       event_batch: { first: u64, count: u32, data: bin },
       vcpu_lost: { vcpu: byte, text },
@@ -327,7 +364,17 @@ export const DIRECTIONS = {
   "from the coordinator": {
     limit: 64 * 1024,
     tables: {
-      joined: { member: u32, config: runConfig, mmu_endpoint: text, heartbeat },
+      joined: {
+        member: u32,
+        config: runConfig,
+        mmu_endpoint: text,
+        heartbeat,
+        run: or(token, none),
+        token: or(token, none),
+        vcpu: or(nullable(byte), null),
+        vcpu_token: or(token, none),
+        next_event: or(u64, 0n),
+      },
       start: { vcpus: integer(1n, 256n) },
       event_credit: { batches: u32 },
       drain: {},

@@ -68,6 +68,7 @@ async function touch({ address, name, pages, rounds }) {
       const { counters } = vcpu;
       console.log(Object.entries(counters).map(([key, value]) => `${key} ${value}`).join(", "));
       console.log(`${code} in guest entry ${vcpu.entry}; the guest took ${faults} page faults`);
+      if (vcpu.resumed) console.log(`resumed ${vcpu.resumed} times`);
       return 0;
     } catch (error) {
       if (!ATTACH_ANEW.has(error.code) || incarnation === MAX_INCARNATIONS) throw error;

@@ -70,7 +70,9 @@ export class Vcpu {
         self.#wake();
       },
     });
-    self.#attached = await self.#session.open(address, { t: "attach", role: "vcpu", name, vcpu });
+    self.#attached = await self.#session.open(address, {
+      t: "attach", role: "vcpu", name, vcpu, resumable: true,
+    });
     self.#tlb = new Tlb();
     return self;
   }
@@ -82,6 +84,11 @@ export class Vcpu {
 
   get entry() {
     return this.#entry;
+  }
+
+  /** How often it went on over another connection. */
+  get resumed() {
+    return this.#session.resumed;
   }
 
   /** The first guest entry. */

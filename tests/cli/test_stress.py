@@ -97,9 +97,10 @@ class TestProcesses:
         assert report.violation.journal_record > 0
         assert f"shadowmmu replay {tmp_path}" in errors
 
-    def test_a_killed_worker_is_reported(self, start: Start, tmp_path: Path) -> None:
+    def test_without_restarts_a_killed_worker_is_reported(self, start: Start, tmp_path: Path) -> None:
         run = start(
-            "stress", "--vcpus", "2", "--ops", "50000000", "--out", str(tmp_path), "--log-format", "json"
+            *("stress", "--vcpus", "2", "--ops", "50000000", "--no-restart"),
+            *("--out", str(tmp_path), "--log-format", "json"),
         )
         wait_for(said(tmp_path, '"phase": "running"'), "the start of the run")
         os.kill(pids(tmp_path)["worker-1"], signal.SIGKILL)
@@ -111,9 +112,12 @@ class TestProcesses:
         assert [(lost.role, lost.name) for lost in report.lost] == [(Role.VCPU, "worker-1")]
         assert all(is_gone(pid) for pid in pids(tmp_path).values())
 
-    def test_a_stopped_worker_is_given_up_and_reported(self, start: Start, tmp_path: Path) -> None:
+    def test_without_restarts_a_stopped_worker_is_given_up_and_reported(
+        self, start: Start, tmp_path: Path
+    ) -> None:
         run = start(
-            "stress", "--vcpus", "2", "--ops", "50000000", "--out", str(tmp_path), "--log-format", "json"
+            *("stress", "--vcpus", "2", "--ops", "50000000", "--no-restart"),
+            *("--out", str(tmp_path), "--log-format", "json"),
         )
         wait_for(said(tmp_path, '"phase": "running"'), "the start of the run")
         os.kill(pids(tmp_path)["worker-1"], signal.SIGSTOP)
@@ -123,6 +127,19 @@ class TestProcesses:
         assert report.verdict is Verdict.UNKNOWN
         assert report.violation is None
         assert [(lost.role, lost.name) for lost in report.lost] == [(Role.VCPU, "worker-1")]
+
+    def test_a_killed_worker_is_started_again_and_the_run_passes(self, start: Start, tmp_path: Path) -> None:
+        run = start(
+            "stress", "--vcpus", "2", "--ops", "40000", "--out", str(tmp_path), "--log-format", "json"
+        )
+        wait_for(said(tmp_path, '"phase": "running"'), "the start of the run")
+        os.kill(pids(tmp_path)["worker-1"], signal.SIGKILL)
+        output, errors = run.communicate(timeout=90)
+        assert run.returncode == 0, output + errors
+        (recovery,) = report_in(tmp_path).recoveries
+        assert (recovery.name, recovery.replaced_by) == ("worker-1", "worker-1")
+        assert "was replaced after" in output
+        assert all(is_gone(pid) for pid in pids(tmp_path).values())
 
     def test_a_worker_that_was_stopped_for_a_moment_goes_on(self, start: Start, tmp_path: Path) -> None:
         run = start(

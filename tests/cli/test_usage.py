@@ -25,6 +25,7 @@ COMMANDS = [
     ["worker", "host"],
     ["profiles"],
     ["bugs"],
+    ["keys"],
     ["health"],
 ]
 
@@ -98,7 +99,10 @@ def test_every_command_has_help(runner: CliRunner, command: list[str]) -> None:
         (["serve", "mmu", "--bind", "tcp://127.0.0.1"], "has no port"),
         (["serve", "mmu", "--bind", "tcp://127.0.0.1:*", "--coordinator", "x"], "--coordinator"),
         (["serve", "coordinator", "--bind", "udp://127.0.0.1:1"], "--bind"),
-        (["serve", "coordinator", "--bind", "tcp://192.0.2.1:5700"], "cannot listen at tcp://192.0.2.1:5700"),
+        (
+            ["serve", "coordinator", "--bind", "tcp://192.0.2.1:5700", "--insecure"],
+            "cannot listen at tcp://192.0.2.1:5700",
+        ),
         (["worker", "vcpu"], "--coordinator"),
         (["worker", "host", "--coordinator", "tcp://x:99999"], "--coordinator"),
         (["health"], "--connect"),

@@ -11,7 +11,7 @@ import pytest
 import zmq
 
 from shadowmmu.client import DRAIN_LIMIT, Endpoint
-from shadowmmu.client.transport import FRAME_LIMIT, PARTS_KEPT
+from shadowmmu.client.transport import CUT_FRAMES, FRAME_LIMIT, PARTS_KEPT
 from shadowmmu.protocol import ErrorCode
 from tests.client.conftest import Until
 
@@ -386,3 +386,19 @@ async def test_an_endpoint_has_its_own_context() -> None:
             router.start()
     assert router.socket.closed
     assert router._context.closed
+
+
+async def test_a_message_of_very_many_frames_costs_its_sender_the_connection(
+    router: Endpoint, dealer: Dealer, owner: Owner, until: Until
+) -> None:
+    """And nobody else: what others send is read as before."""
+    address = router.bind("tcp://127.0.0.1:*")
+    bad, good = dealer(address, b"bad"), dealer(address, b"good")
+    monitor = bad.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+    bad.send_multipart([b"x"] * (CUT_FRAMES + 10))
+    await until(lambda: monitor.poll(0))
+    bad.disable_monitor()
+    monitor.close()
+    good.send(b"hello")
+    await until(lambda: (b"good", [b"hello"]) in owner.got)
+    assert router.cut == 1

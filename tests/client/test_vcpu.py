@@ -148,7 +148,6 @@ async def test_the_service_ends_the_incarnation(mmu: FakeMmu, context: Context) 
         ([b"SMMU/1.0", bytes(TO_MMU.soft_limit + 1)], ErrorCode.TOO_LARGE),
         (TO_MMU.encode(Envelope(0, 0, m.Attach(m.Role.VCPU, "again"))), ErrorCode.ALREADY_ATTACHED),
         (TO_MMU.encode(Envelope(9, 1, m.Heartbeat())), ErrorCode.STALE_INCARNATION),
-        (TO_MMU.encode(Envelope(1, 1, m.Enter())), ErrorCode.DUPLICATE),
         (TO_MMU.encode(Envelope(1, 2, m.Detach())), None),
         (TO_MMU.encode(Envelope(1, 2, m.Walk(7, 1, 0, 0))), ErrorCode.UNKNOWN_ENTRY),
     ],

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Self
+from typing import IO, Any, Self
 
 import pytest
 
@@ -106,13 +106,19 @@ class Service:
         address: str = next(line["address"] for line in _records(log) if "address" in line)
         return address
 
+    def logged(self, event: str) -> dict[str, Any]:
+        """Waits until it has logged that; what it said."""
+        log = self._process.stderr
+        assert log is not None
+        return next(line for line in _records(log) if line.get("event") == event)
+
     def status(self) -> int:
         """Waits until it has ended."""
         self._process.communicate(timeout=END_SECONDS)
         return self._process.returncode
 
 
-def _records(log: IO[str]) -> Iterator[dict[str, str]]:
+def _records(log: IO[str]) -> Iterator[dict[str, Any]]:
     for line in log:
         yield json.loads(line)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from shadowmmu.coordinator.proxy import Proxy
 from tests.clients.conftest import C_CLIENT, END_SECONDS, NODE_CLIENT, SHADOWMMU, Command, Start
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
@@ -58,6 +60,25 @@ def test_clients_of_both_languages_share_a_machine(node_client: Command, c_build
         "attached as vCPU 0",
         "attached as vCPU 1",
     }
+
+
+@each_client
+async def test_a_client_whose_connection_is_cut_goes_on_in_the_same_incarnation(
+    client: Command, start: Start
+) -> None:
+    service = start("serve", "mmu", "--bind", ANY_PORT)
+    async with Proxy(int(service.address().rpartition(":")[2])) as proxy:
+        process = launch([*client, f"tcp://127.0.0.1:{proxy.port}", "--rounds", "120"])
+        assert process.stdout is not None
+        assert await asyncio.to_thread(process.stdout.readline) == "attached as vCPU 0\n"
+        for _ in range(2):
+            assert proxy.cut()
+            resumed = await asyncio.to_thread(service.logged, "resumed")
+            assert resumed["incarnation"] == 1
+        said, _ = await asyncio.to_thread(process.communicate, timeout=END_SECONDS)
+    assert process.returncode == 0, said
+    assert "attached" not in said
+    assert "\nresumed " in said  # once at least: an answer to Resume may have been cut off, too
 
 
 @each_client

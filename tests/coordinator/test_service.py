@@ -1,17 +1,23 @@
 """The coordinator on real sockets, with fake members."""
 
 import asyncio
-import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hdrh.histogram import HdrHistogram
 
-from shadowmmu.coordinator import Coordinator, RunReport, RunSettings
+from shadowmmu.coordinator import Coordinator, RunReport, RunSettings, RunState, decode_report
+from shadowmmu.coordinator.event_store import EventStore
+from shadowmmu.coordinator.run_store import RunStore
+from shadowmmu.coordinator.run_types import Phase
+from shadowmmu.coordinator.saved_run import save_run
+from shadowmmu.protocol import TO_COORDINATOR
 from shadowmmu.protocol import events as ev
 from shadowmmu.protocol import messages as m
 from shadowmmu.protocol.errors import ErrorCode
+from shadowmmu.protocol.stream_digest import StreamDigest
 from tests.coordinator.conftest import FakeMember, MakeMember
 
 LOOPBACK = "tcp://127.0.0.1:*"
@@ -30,7 +36,7 @@ class Cluster:
         self.vcpus: list[FakeMember] = []
         self.hosts: list[FakeMember] = []
         self._sent = 0
-        self._digest = hashlib.blake2b(digest_size=16)
+        self._digest = StreamDigest()
 
     def member(self) -> FakeMember:
         return self._make(self.address)
@@ -195,7 +201,7 @@ async def test_too_few_workers(cluster: MakeCluster) -> None:
 
 
 async def test_a_worker_that_dies_is_noticed_and_named(cluster: MakeCluster) -> None:
-    run = cluster(vcpus=2)
+    run = cluster(vcpus=2, absent_seconds=0.0)
     await run.start(2)
     dead = run.vcpus.pop()
     await dead.endpoint.close()
@@ -208,7 +214,7 @@ async def test_a_worker_that_dies_is_noticed_and_named(cluster: MakeCluster) -> 
 
 
 async def test_a_worker_that_is_stopped_and_wakes_up(cluster: MakeCluster) -> None:
-    run = cluster(vcpus=2)
+    run = cluster(vcpus=2, absent_seconds=0.0)
     await run.start(2)
     asleep = run.vcpus.pop()
     asleep.endpoint.pause()
@@ -241,7 +247,7 @@ async def test_rubbish_is_refused_and_changes_nothing(cluster: MakeCluster) -> N
 
 
 async def test_a_gap_in_the_events_ends_the_session_of_the_mmu_service(cluster: MakeCluster) -> None:
-    run = cluster(vcpus=1, grace_seconds=1.0)
+    run = cluster(vcpus=1, grace_seconds=1.0, absent_seconds=0.0)
     await run.start(1)
     run.emit(ev.InputConsumed(1))
     run.mmu.session.next_event = 5
@@ -291,3 +297,90 @@ async def test_histograms_are_merged(cluster: MakeCluster) -> None:
     assert (merged.count, merged.min, merged.max) == (20, 100, 200)
     assert "bad_us" not in report.histograms
     assert any("bad_us" in note for note in report.notes)
+
+
+async def test_a_join_that_comes_twice_is_answered_once(cluster: MakeCluster) -> None:
+    run = cluster(vcpus=1)
+    vcpu = run.member()
+    frames = TO_COORDINATOR.encode(vcpu.session.send(m.Join(m.Role.VCPU, "worker")))
+    vcpu.send_raw(frames)
+    vcpu.send_raw(frames)
+    mmu = run.member()
+    await mmu.join(m.Role.MMU, "mmu", "tcp://mmu:1")
+    await vcpu.get(m.Joined)
+    await vcpu.get(m.Heartbeat)
+    # The second may come when the first is answered already: it is refused then, and that changes nothing.
+    told = [body for body in vcpu.received if not isinstance(body, m.Heartbeat)]
+    assert [type(body) for body in told if not isinstance(body, m.ErrorReply)] == [m.Joined]
+    assert {body.code for body in told if isinstance(body, m.ErrorReply)} <= {"already-attached"}
+
+
+async def test_a_coordinator_that_is_started_again_goes_on(tmp_path: Path, member: MakeMember) -> None:
+    settings = RunSettings(config=m.RunConfig(), vcpus=1, heartbeat=0.1)
+    events: list[ev.Event] = [ev.InputConsumed(1), ev.LockTaken(1), ev.LockReleased(1)]
+    data = ev.encode_events(events)
+    digest = StreamDigest()
+    digest.update(data)
+    async with Coordinator(settings, folder=tmp_path) as first:
+        conducting = asyncio.create_task(first.run())
+        address = first.bind(LOOPBACK)
+        mmu, vcpu = member(address), member(address)
+        of_mmu = await mmu.join(m.Role.MMU, "mmu", "tcp://mmu:1")
+        mmu.send(m.Ready())
+        of_vcpu = await vcpu.join(m.Role.VCPU, "worker")
+        vcpu.send(m.Ready(vcpu=0, token=b"of-the-vcpu"))
+        await mmu.get(m.Start)
+        mmu.send(m.Progress({}))
+        await vcpu.get(m.Start)
+        mmu.send(m.EventBatch(0, 2, ev.encode_events(events[:2])))
+        await mmu.get(m.EventCredit)
+        conducting.cancel()
+        await asyncio.gather(conducting, return_exceptions=True)
+    async with Coordinator(settings, folder=tmp_path) as second:
+        conducting = asyncio.create_task(second.run())
+        address = second.bind(LOOPBACK)
+        mmu, vcpu = member(address), member(address)
+        mmu.send(m.Join(m.Role.MMU, "mmu", "tcp://mmu:1", of_mmu.member, of_mmu.token))
+        vcpu.send(m.Join(m.Role.VCPU, "worker", "", of_vcpu.member, of_vcpu.token))
+        welcome = await mmu.get(m.Joined)
+        assert (welcome.next_event, welcome.run) == (2, of_mmu.run)
+        mmu.send(m.Ready())
+        await mmu.get(m.Start)
+        assert (await vcpu.get(m.Joined)).token == of_vcpu.token
+        vcpu.send(m.Ready(vcpu=0))
+        await vcpu.get(m.Start)
+        mmu.send(m.EventBatch(2, 1, ev.encode_events(events[2:])))
+        vcpu.send(m.Progress({"vcpu.instructions": 5}, done=True))
+        await vcpu.get(m.Drain)
+        vcpu.send(m.Report({"vcpu.instructions": 5}))
+        await mmu.get(m.Drain)
+        mmu.send(m.Report({"events": 3}, info={"events_digest": digest.hexdigest()}))
+        report = await asyncio.wait_for(conducting, 30)
+    assert report.verdict is m.Verdict.PASS, report.text
+    assert report.stream.events == 3
+    assert decode_report((tmp_path / "report.json").read_bytes()) == report
+    stored = RunStore(tmp_path).load()
+    assert stored is not None
+    assert stored.phase is Phase.FINISHED
+
+
+async def test_a_violation_in_the_stored_events_is_found_again(tmp_path: Path) -> None:
+    settings = RunSettings(
+        config=m.RunConfig(), vcpus=1, heartbeat=0.1, grace_seconds=0.5, absent_seconds=1.0
+    )
+    state = RunState(settings, 0.0, lambda: b"token")
+    state.phase = Phase.RUNNING
+    state.started_at = 0.0
+    RunStore(tmp_path).save(save_run(state, "2026-01-01T00:00:00+00:00", 1.0))
+    events: list[ev.Event] = [
+        ev.InputConsumed(5),
+        ev.ShadowPageCreated(1, 7, 1, False, 0),
+        ev.LockReleased(1),
+        ev.Accesses(0, 1, [(STORE, 0x1000, 7, 107, 8, 1)]),
+    ]
+    with EventStore(tmp_path, fresh=True) as store:
+        store.append(m.EventBatch(0, len(events), ev.encode_events(events)))
+    async with Coordinator(settings, folder=tmp_path) as coordinator:
+        coordinator.bind(LOOPBACK)
+        report = await asyncio.wait_for(coordinator.run(), 30)
+    assert report.verdict is m.Verdict.VIOLATED

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from shadowmmu.machine import Attached, GivenUp, HostAsked, HostDone, Input, Output, Runner, ToVcpu, VcpuSent
+from shadowmmu.machine import (
+    Attached,
+    GivenUp,
+    HostAsked,
+    HostDone,
+    HostRefused,
+    Input,
+    Output,
+    Runner,
+    ToVcpu,
+    VcpuSent,
+)
 from shadowmmu.protocol import messages as m
 from shadowmmu.protocol.events import AccessFlag, Event
 
@@ -54,6 +65,7 @@ class Driven:
         )
         self.sent: list[list[m.MmuMessage]] = [[] for _ in range(vcpus)]
         self.done: list[HostDone] = []
+        self.refused: list[HostRefused] = []
         for vcpu in range(vcpus):
             self.submit(Attached(vcpu, vcpu + 1))
             for operation in boot(vcpu, self.config.mode):
@@ -77,6 +89,8 @@ class Driven:
                     self.sent[output.vcpu].append(output.body)
                 case HostDone():
                     self.done.append(output)
+                case HostRefused():
+                    self.refused.append(output)
 
     def take(self, vcpu: int) -> list[m.MmuMessage]:
         taken, self.sent[vcpu] = self.sent[vcpu], []

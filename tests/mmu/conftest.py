@@ -10,8 +10,10 @@ import pytest
 import zmq
 
 from shadowmmu.client import Endpoint, HostClient, VcpuClient
+from shadowmmu.machine import Runner
 from shadowmmu.mmu.journal_file import JournalFile
 from shadowmmu.mmu.service import MmuService
+from shadowmmu.mmu.startup import Prepared
 from shadowmmu.protocol import TO_MMU, ErrorCode
 from shadowmmu.protocol import messages as m
 
@@ -42,7 +44,9 @@ class Served:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.journal = JournalFile(path)
         self.service = MmuService(
-            CONFIG, self.journal, 1.0, on_vcpu_lost=lambda number, text: self.lost.append((number, text))
+            Prepared(Runner(CONFIG, self.journal.write), self.journal),
+            1.0,
+            on_vcpu_lost=lambda number, text: self.lost.append((number, text)),
         )
         self.endpoint = Endpoint.router(
             self.service.on_message,

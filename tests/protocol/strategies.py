@@ -41,7 +41,7 @@ def _strategy(info: inspect.Type, depth: int = 0) -> st.SearchStrategy[Any]:
                 max_size=min(info.max_length or 20, 20),
             )
         case inspect.BytesType():
-            return st.binary(max_size=20)
+            return st.binary(max_size=min(info.max_length or 20, 20))
         case inspect.BoolType():
             return st.booleans()
         case inspect.NoneType():
@@ -60,6 +60,12 @@ def _strategy(info: inspect.Type, depth: int = 0) -> st.SearchStrategy[Any]:
             return st.dictionaries(_strategy(info.key_type), _strategy(info.value_type), max_size=4)
         case inspect.UnionType():
             return st.one_of(*map(_strategy, info.types))
+        case inspect.StructType() if info.cls is m.TrailStep:
+            # What keeps trails from having trails.
+            answers = [_strategy(inspect.type_info(kind)) for kind in (m.Loaded, m.WalkFault)]
+            entered = st.builds(m.Entered, numbers, interrupts=st.lists(st.integers(32, 255), max_size=3))
+            asked = st.sampled_from(m.Asked)
+            return st.builds(m.TrailStep, numbers, asked, st.one_of(entered, *answers))
         case inspect.StructType():
             return st.builds(info.cls, **{field.name: _strategy(field.type) for field in info.fields})
         case _:

@@ -52,7 +52,7 @@ def body(data: bytes) -> bytes:
 def test_every_message_survives_both_libraries(direction: Direction, kind: Any, data: st.DataObject) -> None:
     envelope = Envelope(data.draw(numbers), data.draw(numbers), data.draw(bodies(kind)))
     frames = direction.encode(envelope)
-    assert frames[0] == b"SMMU/1.0"
+    assert frames[0] == b"SMMU/1.1"
     assert direction.decode(frames) == envelope
     expected = [envelope.incarnation, envelope.seq, plain(envelope.body)]
     unpacked = msgpack.unpackb(frames[1], strict_map_key=False)
@@ -87,11 +87,11 @@ def test_part_count(direction: Direction, count: int) -> None:
         (b"SMMU/999999.0", ErrorCode.MALFORMED),
         (b"SMMU/01.0", ErrorCode.MALFORMED),
         (b"SMMU/1", ErrorCode.MALFORMED),
-        (b"SMMU/1.0\n", ErrorCode.MALFORMED),
+        (b"SMMU/1.1\n", ErrorCode.MALFORMED),
         (b"smmu/1.0", ErrorCode.MALFORMED),
         (b"", ErrorCode.MALFORMED),
         (b"\xff" * 8, ErrorCode.MALFORMED),
-        (b"SMMU/1.0" * 10_000, ErrorCode.MALFORMED),
+        (b"SMMU/1.1" * 10_000, ErrorCode.MALFORMED),
         ("SMMU/\N{ARABIC-INDIC DIGIT ONE}.0".encode(), ErrorCode.MALFORMED),
     ],
 )
@@ -99,7 +99,7 @@ def test_versions(version: bytes, code: ErrorCode) -> None:
     error = refused(TO_MMU, version, TO_MMU.encode(Envelope(1, 1, m.Enter()))[1])
     assert error.code == code
     if code is ErrorCode.UNSUPPORTED_VERSION:
-        assert "SMMU/1.0" in error.text
+        assert "SMMU/1.1" in error.text
 
 
 def test_another_minor_version_is_read() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 from typing import Any, get_args
 
 import pytest
@@ -26,13 +27,17 @@ from shadowmmu.protocol import (
     error_reply,
 )
 from shadowmmu.protocol import messages as m
+from shadowmmu.protocol.continuity import Continuity
 from shadowmmu.protocol.states import HOST, MEMBER, MMU_MEMBER, OPENINGS, PROBE, RUN_PROBE, VCPU, Conversation
 from tests.protocol.strategies import MESSAGES
 
 S = State
 ACCESS = (1, 0x1000, 1, 8, 0)
+TOKEN = b"0123456789abcdef"
 BODIES: dict[type, Message] = {
     m.Attach: m.Attach(m.Role.VCPU, "x"),
+    m.Resume: m.Resume(TOKEN, 0),
+    m.Resumed: m.Resumed(0),
     m.Enter: m.Enter(),
     m.Log: m.Log(1, [ACCESS]),
     m.Walk: m.Walk(1, 2, 0x1000, 0),
@@ -95,8 +100,9 @@ def opened(conversation: Conversation) -> Pair:
     service, role = ROLES[conversation]
     pair = Pair(service)
     if service is MMU:
-        pair.up(m.Attach(role, "x"))
-        pair.down(m.Attached(0 if role is m.Role.VCPU else None, 7, vpid=True, heartbeat=1.0))
+        pair.up(m.Attach(role, "x", resumable=True))
+        vcpu = 0 if role is m.Role.VCPU else None
+        pair.down(m.Attached(vcpu, 7, vpid=True, heartbeat=1.0, token=TOKEN))
     else:
         pair.up(m.Join(role, "x"))
         pair.down(m.Joined(7, m.RunConfig(), "", 1.0))
@@ -154,6 +160,7 @@ def _drive_vcpu(pair: Pair, state: State) -> None:
 def snapshot(session: Session) -> dict[str, Any]:
     names = [name for kind in type(session).__mro__ for name in getattr(kind, "__slots__", ())]
     values = {name: getattr(session, name) for name in names}
+    values["continuity"] = {name: copy(getattr(session.continuity, name)) for name in Continuity.__slots__}
     return {name: dict(value) if name == "requests" else value for name, value in values.items()}
 
 
@@ -163,6 +170,7 @@ def names(kinds: Iterable[type]) -> set[str]:
 
 # What each end may send, and what the other must take besides (crossing), written down by hand: not from the tables.
 ALIVE = "Heartbeat"
+RESUMABLE = (VCPU, HOST)
 UP = {
     VCPU: {
         S.OUTSIDE: "Enter Detach",
@@ -191,7 +199,8 @@ UP = {
     RUN_PROBE: {S.JOINED: ""},
 }
 UP_CROSSING = {
-    VCPU: {S.IN_GUEST: "Detach"},
+    VCPU: {S.IN_GUEST: "Detach", S.LEAVING: "Detach"},
+    HOST: {S.LEAVING: "Detach"},
     MMU_MEMBER: {S.DRAINING: "Ready"},
     MEMBER: {S.DRAINING: "Ready"},
 }
@@ -251,6 +260,9 @@ def test_tables_are_what_the_specification_says(conversation: Conversation, stat
     if state in DEAD:
         up |= {"Attach"} if ROLES[conversation][0] is MMU else {"Join"}
     down = expected(DOWN, conversation, state) | alive
+    if conversation in RESUMABLE and alive:
+        up |= {"Resume"}
+        down |= {"Resumed"}
     down |= {"Ended"} if state not in DEAD else set()
     assert names(conversation.sends(Side.PEER)[state]) == up
     assert names(conversation.sends(Side.SERVICE)[state]) == down
@@ -289,9 +301,13 @@ def _receive_case(conversation: Conversation, state: State, kind: type[Message],
         incarnation, seq = (0, 0) if kind in (m.ErrorReply, m.Ended) else (7, 1)
     else:
         incarnation, seq = (0, 0) if opener else (session.incarnation, session.receive_seq)
+    if kind is m.Resume and side is Side.SERVICE:
+        seq = 0
     envelope = Envelope(incarnation, seq, _body(kind, conversation, state))
     before = snapshot(session)
-    legal = kind in conversation.receives(side)[state]
+    legal = (
+        kind in conversation.receives(side)[state] and kind is not m.Resumed
+    )  # that is answered, see below
     if state is S.ATTACHING and side is Side.PEER and kind is m.ErrorReply:
         legal = True
     if legal:
@@ -301,10 +317,14 @@ def _receive_case(conversation: Conversation, state: State, kind: type[Message],
         assert snapshot(session) == before
         assert session.receive(envelope) is not ignored
         assert session.state is (state if _is_late(kind, state) else to)
-        assert session.receive_seq == (1 if opener else seq + 1)
+        assert session.receive_seq == (1 if opener else before["receive_seq"] + bool(seq))
         return
     if state is S.ATTACHING and side is Side.PEER and kind not in (m.Attach, m.Join, m.Attached, m.Joined):
         assert session.receive(envelope) is False  # of an incarnation before
+        assert snapshot(session) == before
+        return
+    if opener and state is S.ATTACHING and side is Side.SERVICE:
+        assert session.receive(envelope) is False  # it came twice
         assert snapshot(session) == before
         return
     with pytest.raises(RemoteProtocolError) as caught:
@@ -316,6 +336,10 @@ def _receive_case(conversation: Conversation, state: State, kind: type[Message],
         assert error.code == ErrorCode.ALREADY_ATTACHED
     elif opener:
         assert error.code == ErrorCode.UNEXPECTED_MESSAGE
+    elif kind is m.Resume and side is Side.SERVICE:
+        probe = conversation is PROBE and state is not S.ATTACHING
+        living = ErrorCode.UNEXPECTED_MESSAGE if probe else ErrorCode.NOT_RESUMABLE
+        assert error.code == (ErrorCode.STALE_INCARNATION if state in DEAD else living)
     elif state is S.DETACHED or (state is S.ATTACHING and side is Side.SERVICE):
         assert error.code == ErrorCode.NOT_ATTACHED
     elif state is S.ENDED:
@@ -329,7 +353,7 @@ def _send_case(conversation: Conversation, state: State, kind: type[Message], si
     session = pair.end(side)
     before = snapshot(session)
     body = _body(kind, conversation, state)
-    legal = kind in conversation.sends(side)[state]
+    legal = kind in conversation.sends(side)[state] and kind is not m.Resumed
     if legal:
         preview = session.preview(body)
         assert snapshot(session) == before
@@ -392,15 +416,19 @@ def test_numbers_of_both_directions() -> None:
     assert [pair.service.send(m.Kick(1)).seq for _ in range(3)] == [4, 5, 6]
     envelope = pair.peer.send(m.Log(1, [ACCESS]))
     assert (envelope.incarnation, envelope.seq) == (7, 4)
-    assert refuse(pair.service, Envelope(7, 3, envelope.body)).code == ErrorCode.DUPLICATE
-    assert refuse(pair.service, Envelope(7, 0, envelope.body)).code == ErrorCode.DUPLICATE
+    before = snapshot(pair.service)
+    assert pair.service.receive(Envelope(7, 3, envelope.body)) is False  # a repetition, whatever it is
+    assert snapshot(pair.service) == before
+    assert refuse(pair.service, Envelope(7, 0, envelope.body)).code == ErrorCode.BAD_ARGUMENT
     gap = refuse(pair.service, Envelope(7, 5, envelope.body))
     assert gap.code == ErrorCode.SEQUENCE_GAP and gap.info.ends
     assert refuse(pair.service, Envelope(6, 4, envelope.body)).code == ErrorCode.STALE_INCARNATION
     assert refuse(pair.service, Envelope(8, 4, envelope.body)).code == ErrorCode.STALE_INCARNATION
     assert refuse(pair.service, Envelope(0, 0, envelope.body)).code == ErrorCode.STALE_INCARNATION
+    assert not pair.service.repeated(envelope)
     assert pair.service.receive(envelope)
-    assert refuse(pair.service, envelope).code == ErrorCode.DUPLICATE
+    assert pair.service.repeated(envelope)
+    assert pair.service.receive(envelope) is False
     # An answer behind a missing log is never accepted.
     pair.peer.send(m.Log(1, [ACCESS]))
     assert refuse(pair.service, pair.peer.send(m.Exit(1, m.HaltExit()))).code == ErrorCode.SEQUENCE_GAP
@@ -499,6 +527,11 @@ def test_host_requests() -> None:
     assert 9 not in pair.peer.requests
     with pytest.raises(LocalProtocolError, match="unknown-request"):
         pair.service.send(m.ErrorReply("bad-argument", "", 9))
+    pair.down(m.ErrorReply("bad-argument", "", request=10))
+    assert pair.peer.requests == pair.service.requests
+    assert 10 not in pair.peer.requests
+    with pytest.raises(LocalProtocolError, match="unknown-request"):
+        pair.service.send(m.ErrorReply("bad-argument", "", 11, request=10))
     seq = pair.service.receive_seq
     skipping = Envelope(7, seq, m.HostRequest(HOST_CREDITS + 2, m.ZapAll()))
     assert refuse(pair.service, skipping).code == ErrorCode.UNKNOWN_REQUEST

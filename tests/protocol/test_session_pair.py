@@ -56,6 +56,7 @@ DOWN_MMU: list[Make] = [
     lambda s, near: m.Kick(s.entry),
     lambda s, near: m.HostReply(1 + near + (min(s.requests) - 1 if s.requests else 0), 0),
     lambda s, near: m.ErrorReply("bad-argument", "", max(s.requests.values(), default=0) + near),
+    lambda s, near: m.ErrorReply("bad-argument", "", request=max(s.requests, default=0) + near),
     lambda s, near: m.Heartbeat(),
 ]
 UP_COORDINATOR: list[Make] = [

@@ -1,4 +1,4 @@
-"""Older and newer ends: a 1.0 client and a 1.1 service, another major version, codes from the future."""
+"""Older and newer ends: a 1.0 client and our service, what later versions may send, other major versions."""
 
 from __future__ import annotations
 
@@ -52,8 +52,29 @@ def speaking(major: int, minor: int) -> Iterator[None]:
 # --- minor versions -----------------------------------------------------------------------------------------------
 
 
+KNOWN: dict[str, set[str]] = {
+    "attached": {"vcpu", "incarnation", "vpid", "heartbeat", "pfec_mask", "pfec_match"},
+    "entered": {
+        "entry", "flush", "inject", "completed", "general_protection", "interrupts", "processor",
+    },
+    "walked": {"entry", "walk", "pfn", "level", "flags"},
+    "walk_fault": {"entry", "walk", "error_code", "misconfig"},
+    "loaded": {"entry", "value"},
+    "applied": {"logs"},
+    "kick": {"entry"},
+    "host_reply": {"request", "result", "gfns"},
+    "heartbeat": set(),
+    "error": {"code", "text", "seq"},
+    "ended": {"code", "text"},
+}  # fmt: skip
+"""What version 1.0 has from the MMU service: the messages, and their fields."""
+
+
 class FrozenClient:
-    """A vCPU client of version 1.0 that has nothing of our code: written from docs/PROTOCOL.md, with msgpack."""
+    """A vCPU client of version 1.0 that has nothing of our code: written from docs/PROTOCOL.md, with msgpack.
+
+    It refuses what it does not know.
+    """
 
     def __init__(self) -> None:
         self.incarnation = 0
@@ -75,6 +96,7 @@ class FrozenClient:
         incarnation, number, body = msgpack.unpackb(data)
         self.heard += 1
         assert number == self.heard
+        assert body.keys() - {"t"} <= KNOWN[body["t"]]
         if body["t"] == "attached":
             self.incarnation = body["incarnation"]
         assert incarnation == self.incarnation
@@ -138,15 +160,15 @@ def test_a_client_of_1_0_goes_on_working_when_the_service_speaks_1_1() -> None:
 def test_minor_versions_are_taken_both_ways(way: Direction) -> None:
     envelope = Envelope(1, 1, m.Heartbeat() if m.Heartbeat in MESSAGES[way] else m.Enter())
     older = way.encode(envelope)
-    with speaking(1, 1):
+    with speaking(1, 2):
         newer = way.encode(envelope)
         assert way.decode(older) == envelope
-    assert [older[0], newer[0]] == [b"SMMU/1.0", b"SMMU/1.1"]
+    assert [older[0], newer[0]] == [b"SMMU/1.1", b"SMMU/1.2"]
     assert way.decode(newer) == envelope
 
 
 def later(way: Direction) -> Direction:
-    """The direction as version 1.1 may have it: a field more in each message, and a message more."""
+    """The direction as version 1.2 may have it: a field more in each message, and a message more."""
     kinds = [
         msgspec.defstruct(
             kind.__name__,
@@ -170,7 +192,7 @@ LATER = {way: later(way) for way in DIRECTIONS}
 
 
 @pytest.mark.parametrize("vector", VALID, ids=name_of)
-def test_a_receiver_of_1_1_takes_every_message_of_1_0(vector: Vector) -> None:
+def test_a_receiver_of_1_2_takes_every_message_of_before(vector: Vector) -> None:
     now = direction(vector).decode(frames(vector)).body
     body: Any = LATER[direction(vector)].decode(frames(vector)).body
     assert body.later == 0
@@ -178,7 +200,7 @@ def test_a_receiver_of_1_1_takes_every_message_of_1_0(vector: Vector) -> None:
 
 
 @pytest.mark.parametrize("vector", VALID, ids=name_of)
-def test_a_receiver_of_1_0_takes_what_1_1_sends_it_without_what_is_new(vector: Vector) -> None:
+def test_a_receiver_of_1_1_takes_what_1_2_sends_it_without_what_is_new(vector: Vector) -> None:
     way = direction(vector)
     envelope = LATER[way].decode(frames(vector))
     assert way.decode(LATER[way].encode(envelope)) == way.decode(frames(vector))
@@ -187,10 +209,46 @@ def test_a_receiver_of_1_0_takes_what_1_1_sends_it_without_what_is_new(vector: V
 def test_what_is_new_is_refused_by_those_who_do_not_know_it() -> None:
     """Which is why it may be sent only to who has shown to know it."""
     data = msgpack.packb([1, 1, {"t": "kick", "entry": 1, "later": 5}])
-    body: Any = LATER[FROM_MMU].decode([b"SMMU/1.1", data]).body
+    body: Any = LATER[FROM_MMU].decode([b"SMMU/1.2", data]).body
     assert body.later == 5
     with pytest.raises(RemoteProtocolError, match="unknown field"):
-        FROM_MMU.decode([b"SMMU/1.1", data])
+        FROM_MMU.decode([b"SMMU/1.2", data])
+
+
+def test_a_service_names_its_version_to_who_knows_more_than_it_does() -> None:
+    """So that a later peer knows with which fields to attach again."""
+    attach = msgpack.packb([0, 0, {"t": "attach", "role": "vcpu", "name": "x", "later": 1}])
+    with pytest.raises(RemoteProtocolError) as caught:
+        TO_MMU.decode([b"SMMU/1.2", attach])
+    assert caught.value.code is ErrorCode.MALFORMED
+    reply = FROM_MMU.encode(error_reply(caught.value))
+    assert reply[0] == b"SMMU/1.1"
+    assert msgpack.unpackb(reply[1])[2]["code"] == "malformed"
+
+
+ADDED: dict[str, dict[str, Any]] = {
+    "attach": {"resumable": False, "token": b"", "heartbeat": None},
+    "load": {"state": None},
+    "locked": {"state": None},
+    "exit": {"state": None},
+    "attached": {"token": b""},
+    "entered": {"resume": None},
+    "error": {"request": 0},
+    "join": {"member": 0, "token": b""},
+    "joined": {"run": b"", "token": b"", "vcpu": None, "vcpu_token": b"", "next_event": 0},
+    "ready": {"token": b""},
+}
+"""The fields that 1.1 has added, by message, and what they are when they are left out."""
+
+
+@pytest.mark.parametrize("vector", [v for v in VALID if v["version"] == "1.0"], ids=name_of)
+def test_a_message_of_1_0_has_the_defaults_of_what_1_1_added_and_is_made_without_it(vector: Vector) -> None:
+    way = direction(vector)
+    envelope = way.decode(frames(vector))
+    added = ADDED.get(vector["body"]["t"], {})
+    assert {name: getattr(envelope.body, name) for name in added} == added
+    made = msgpack.unpackb(way.encode(envelope)[1])[2]
+    assert not made.keys() & added.keys()
 
 
 # --- other major versions -----------------------------------------------------------------------------------------
@@ -232,8 +290,8 @@ def attaching_driver() -> VcpuDriver:
     def no_core(_vcpu: int, _vcpus: int) -> Any:
         raise AssertionError("the run does not start")
 
-    driver = VcpuDriver("worker", no_core, lambda: 0.0, missed=5)
-    driver.attach()
+    driver = VcpuDriver("worker", no_core, lambda: 0.0, patience=60.0)
+    driver.opened()
     driver.take_frames()
     return driver
 

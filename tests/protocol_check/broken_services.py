@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any, Final
 
 import msgspec
 import pytest
 
-from shadowmmu.machine import ToVcpu
+from shadowmmu.machine import GivenUp, HostRefused, Runner, ToVcpu
 from shadowmmu.mmu import peers as peers_module
 from shadowmmu.mmu import service as service_module
 from shadowmmu.mmu.service import MmuService
+from shadowmmu.mmu.startup import Prepared
 from shadowmmu.protocol import (
     FROM_MMU,
     TO_MMU,
@@ -27,6 +29,7 @@ from shadowmmu.protocol import (
     error_reply,
 )
 from shadowmmu.protocol import messages as m
+from shadowmmu.protocol.continuity import KEPT
 
 replace = msgspec.structs.replace
 
@@ -61,15 +64,99 @@ class _Decoder:
 # --- numbers ------------------------------------------------------------------------------------------------------
 
 
-@breaks("numbers.duplicate")
-def _takes_duplicates(patch: pytest.MonkeyPatch) -> None:
+class _Careless(Session):
+    """Takes what comes twice as if it had come once; `heeded`: types of which it does not."""
+
+    heeded: tuple[type, ...] = ()
+
+    def repeated(self, envelope: Envelope) -> bool:
+        return isinstance(envelope.body, self.heeded) and super().repeated(envelope)
+
+    def receive(self, envelope: Envelope) -> bool:
+        if (
+            self.attached
+            and envelope.incarnation == self.incarnation
+            and 0 < envelope.seq < self.receive_seq
+            and not isinstance(envelope.body, self.heeded)
+        ):
+            taken = super().receive(replace(envelope, seq=self.receive_seq))
+            self.receive_seq -= 1
+            return taken
+        return super().receive(envelope)
+
+
+@breaks("repeat.value")
+def _executes_repetitions(patch: pytest.MonkeyPatch) -> None:
+    _session(patch, _Careless)
+
+
+@breaks("repeat.log")
+def _applies_repeated_logs(patch: pytest.MonkeyPatch) -> None:
+    class Broken(_Careless):
+        heeded = (m.Locked, m.Load, m.Exit, m.Enter, m.Walk, m.Heartbeat, m.HostRequest)
+
+    _session(patch, Broken)
+
+
+@breaks("repeat.value")
+def _refuses_repetitions(patch: pytest.MonkeyPatch) -> None:
     class Broken(Session):
         def receive(self, envelope: Envelope) -> bool:
-            if self.attached and envelope.incarnation and envelope.seq < self.receive_seq:
-                envelope = replace(envelope, seq=self.receive_seq)
-                taken = super().receive(envelope)
-                self.receive_seq -= 1
-                return taken
+            if self.repeated(envelope):
+                raise RemoteProtocolError(
+                    ErrorCode.DUPLICATE, "", incarnation=envelope.incarnation, seq=envelope.seq
+                )
+            return super().receive(envelope)
+
+    _session(patch, Broken)
+
+
+@breaks("repeat.value")
+def _does_not_answer_again(patch: pytest.MonkeyPatch) -> None:
+    class Broken(Session):
+        def answer(self, seq: int) -> Envelope | None:
+            return None
+
+    _session(patch, Broken)
+
+
+@breaks("repeat.walk")
+def _answers_again_with_another_number(patch: pytest.MonkeyPatch) -> None:
+    class Broken(Session):
+        def answer(self, seq: int) -> Envelope | None:
+            answer = super().answer(seq)
+            return None if answer is None else replace(answer, seq=answer.seq - 1)
+
+    _session(patch, Broken)
+
+
+@breaks("repeat.host")
+def _answers_again_with_something_else(patch: pytest.MonkeyPatch) -> None:
+    class Broken(Session):
+        def answer(self, seq: int) -> Envelope | None:
+            answer = super().answer(seq)
+            if answer is not None and isinstance(answer.body, m.HostReply):
+                return replace(answer, body=replace(answer.body, gfns=[]))
+            return answer
+
+    _session(patch, Broken)
+
+
+@breaks("repeat.contents")
+def _looks_into_repetitions(patch: pytest.MonkeyPatch) -> None:
+    class Broken(Session):
+        def repeated(self, envelope: Envelope) -> bool:
+            return super().repeated(envelope) and not isinstance(envelope.body, m.Load)
+
+    _session(patch, Broken)
+
+
+@breaks("numbers.zero")
+def _takes_number_0_for_a_repetition(patch: pytest.MonkeyPatch) -> None:
+    class Broken(Session):
+        def receive(self, envelope: Envelope) -> bool:
+            if self.attached and not envelope.seq and isinstance(envelope.body, m.Heartbeat | m.Exit):
+                return False
             return super().receive(envelope)
 
     _session(patch, Broken)
@@ -154,13 +241,11 @@ def _leaves_numbers_out(patch: pytest.MonkeyPatch) -> None:
 
 @breaks("incarnation.anew")
 def _gives_incarnations_again(patch: pytest.MonkeyPatch) -> None:
-    attach = peers_module.Peers.attach
-
-    def reuse(self: peers_module.Peers, peer: peers_module.Peer, body: m.Attach) -> m.Attached:
+    def reuse(self: peers_module.Peers) -> int:
         self._incarnations %= 3
-        return attach(self, peer, body)
+        return self._incarnations + 1
 
-    patch.setattr(peers_module.Peers, "attach", reuse)
+    patch.setattr(peers_module.Peers, "next_incarnation", reuse)
 
 
 @breaks("incarnation.stale")
@@ -230,12 +315,13 @@ def _takes_a_second_attach(patch: pytest.MonkeyPatch) -> None:
 
 @breaks("opening.vcpu-taken")
 def _gives_a_vcpu_away_twice(patch: pytest.MonkeyPatch) -> None:
-    number = peers_module.Peers._vcpu_number
+    place = peers_module.Peers._vcpu_place
 
-    def generous(self: peers_module.Peers, wanted: int | None) -> int:
-        return wanted if wanted is not None and wanted in self._by_vcpu else number(self, wanted)
+    def generous(self: peers_module.Peers, attach: m.Attach) -> peers_module.Place:
+        taken = attach.vcpu is not None and attach.vcpu in self._by_vcpu
+        return peers_module.Place(attach.vcpu) if taken else place(self, attach)
 
-    patch.setattr(peers_module.Peers, "_vcpu_number", generous)
+    patch.setattr(peers_module.Peers, "_vcpu_place", generous)
 
 
 @breaks("ending.detach")
@@ -317,7 +403,8 @@ def _ends_the_session_of_who_misspells(patch: pytest.MonkeyPatch) -> None:
 
     def strict(self: MmuService, peer: peers_module.Peer, error: RemoteProtocolError) -> None:
         refuse(self, peer, error)
-        if error.code is ErrorCode.MALFORMED and self.peers.get(peer.address) is peer:
+        attached = peer.address is not None and self.peers.get(peer.address) is peer
+        if error.code is ErrorCode.MALFORMED and attached:
             self._end(peer, ErrorCode.INTERNAL, "bad spelling")
 
     _method(patch, "_refuse", strict)
@@ -371,8 +458,10 @@ def _never_says_applied(patch: pytest.MonkeyPatch) -> None:
 def _does_not_wait_for_kicked_vcpus(patch: pytest.MonkeyPatch) -> None:
     init = MmuService.__init__
 
-    def mutant(self: MmuService, config: m.RunConfig, *args: Any, **options: Any) -> None:
-        init(self, replace(config, mutant=m.Mutant.FLUSH_NOT_AWAITED), *args, **options)
+    def mutant(self: MmuService, prepared: Prepared, *args: Any, **options: Any) -> None:
+        config = replace(prepared.runner.machine.config, mutant=m.Mutant.FLUSH_NOT_AWAITED)
+        runner = Runner(config, prepared.journal.write)
+        init(self, replace(prepared, runner=runner), *args, **options)
 
     _method(patch, "__init__", mutant)
 
@@ -402,14 +491,22 @@ def _loses_interrupts(patch: pytest.MonkeyPatch) -> None:
 
 @breaks("host.impossible")
 def _refuses_impossible_requests_outside_the_numbering(patch: pytest.MonkeyPatch) -> None:
-    def unnumbered(self: MmuService, peer: peers_module.Peer, request: m.HostRequest, seq: int) -> None:
-        text = self.runner.machine.host_refusal(request.operation)
-        incarnation = peer.session.incarnation
-        self._refuse(
-            peer, RemoteProtocolError(ErrorCode.BAD_ARGUMENT, text or "", incarnation=incarnation, seq=seq)
-        )
+    deliver = MmuService._deliver
 
-    _method(patch, "_host_request", unnumbered)
+    def unnumbered(self: MmuService, output: Any) -> None:
+        found = self._hosts.answered(output) if isinstance(output, HostRefused) else None
+        if found is None:
+            deliver(self, output)
+            return
+        peer, reply = found
+        assert isinstance(reply, m.ErrorReply)
+        incarnation = peer.session.incarnation
+        error = RemoteProtocolError(
+            ErrorCode.BAD_ARGUMENT, reply.text, incarnation=incarnation, seq=reply.seq
+        )
+        self._refuse(peer, error)
+
+    _method(patch, "_deliver", unnumbered)
 
 
 @breaks("access.unknown-frame")
@@ -478,8 +575,233 @@ def _takes_messages_for_each_others(patch: pytest.MonkeyPatch) -> None:
     def confused(self: MmuService, address: bytes, frames: list[bytes]) -> None:
         if self.peers.get(address) is None and len(frames) == 2:
             for peer in self.peers:
-                if msgspec.msgpack.encode(peer.session.incarnation) == frames[1][1:2]:
+                meant = msgspec.msgpack.encode(peer.session.incarnation) == frames[1][1:2]
+                if meant and peer.address is not None:
                     address = peer.address
         on_message(self, address, frames)
 
     _method(patch, "on_message", confused)
+
+
+# --- connections --------------------------------------------------------------------------------------------------
+
+
+def _resumed(patch: pytest.MonkeyPatch, change: Callable[[Session, list[Envelope]], list[Envelope]]) -> None:
+    """What the service says on a new connection, changed."""
+
+    class Broken(Session):
+        def resume(self, body: m.Resume) -> list[Envelope]:
+            said = change(self, super().resume(body))
+            self.send_seq = len(said) + 1
+            return said
+
+    _session(patch, Broken)
+
+
+def _numbered(said: list[Envelope]) -> list[Envelope]:
+    return [replace(envelope, seq=number) for number, envelope in enumerate(said, start=1)]
+
+
+@breaks("resume.idle")
+def _counts_wrongly(patch: pytest.MonkeyPatch) -> None:
+    def wrong(_session: Session, said: list[Envelope]) -> list[Envelope]:
+        body = said[0].body
+        assert isinstance(body, m.Resumed)
+        return [replace(said[0], body=m.Resumed(body.received - 1)), *said[1:]]
+
+    _resumed(patch, wrong)
+
+
+@breaks("resume.value")
+def _forgets_what_the_peer_lacks(patch: pytest.MonkeyPatch) -> None:
+    _resumed(patch, lambda _session, said: said[:1])
+
+
+@breaks("resume.kick")
+def _forgets_kicks(patch: pytest.MonkeyPatch) -> None:
+    _resumed(
+        patch,
+        lambda _session, said: _numbered([each for each in said if not isinstance(each.body, m.Kick)]),
+    )
+
+
+@breaks("resume.kept")
+def _says_again_in_another_order(patch: pytest.MonkeyPatch) -> None:
+    _resumed(patch, lambda _session, said: _numbered([said[0], *reversed(said[1:])]))
+
+
+@breaks("resume.idle")
+def _goes_on_with_the_old_numbers(patch: pytest.MonkeyPatch) -> None:
+    class Broken(Session):
+        def resume(self, body: m.Resume) -> list[Envelope]:
+            next_one = self.receive_seq
+            said = super().resume(body)
+            self.receive_seq = next_one
+            return said
+
+    _session(patch, Broken)
+
+
+@breaks("resume.token")
+def _takes_any_token(patch: pytest.MonkeyPatch) -> None:
+    class Broken(Session):
+        def receive(self, envelope: Envelope) -> bool:
+            if isinstance(envelope.body, m.Resume) and self.token:
+                envelope = replace(envelope, body=replace(envelope.body, token=self.token))
+            return super().receive(envelope)
+
+    _session(patch, Broken)
+
+
+@breaks("resume.unasked")
+def _gives_everybody_a_token(patch: pytest.MonkeyPatch) -> None:
+    attach = MmuService._attach
+
+    def generous(self: MmuService, peer: peers_module.Peer, body: m.Attach) -> None:
+        attach(self, peer, replace(body, resumable=True))
+
+    _method(patch, "_attach", generous)
+
+
+@breaks("resume.counts")
+def _ends_who_counts_wrongly(patch: pytest.MonkeyPatch) -> None:
+    resume = MmuService._resume
+
+    def strict(self: MmuService, address: bytes, sender: Any, envelope: Envelope, body: m.Resume) -> None:
+        peer = self.peers.incarnation(envelope.incarnation)
+        try:
+            resume(self, address, sender, envelope, body)
+        except RemoteProtocolError:
+            if peer is not None:
+                self._end(peer, ErrorCode.NOT_RESUMABLE, "a wrong count")
+            raise
+
+    _method(patch, "_resume", strict)
+
+
+@breaks("resume.kept")
+def _keeps_too_little(patch: pytest.MonkeyPatch) -> None:
+    class Broken(Session):
+        def reset(self) -> None:
+            super().reset()
+            self.continuity._kept = deque(maxlen=KEPT - 1)
+
+    _session(patch, Broken)
+
+
+@breaks("resume.stale")
+def _calls_everything_not_resumable(patch: pytest.MonkeyPatch) -> None:
+    def renamed(error: RemoteProtocolError) -> Envelope:
+        if error.code is ErrorCode.STALE_INCARNATION and not error.seq:
+            error.code = ErrorCode.NOT_RESUMABLE
+        return error_reply(error)
+
+    patch.setattr(service_module, "error_reply", renamed)
+
+
+@breaks("resume.old")
+def _goes_on_hearing_the_old_connection(patch: pytest.MonkeyPatch) -> None:
+    move = peers_module.Peers.move
+
+    def both(self: peers_module.Peers, peer: peers_module.Peer, address: bytes | None) -> None:
+        before = peer.address
+        move(self, peer, address)
+        if before is not None and address is not None:
+            self._by_address[before] = peer
+
+    patch.setattr(peers_module.Peers, "move", both)
+
+
+# --- places and programs ------------------------------------------------------------------------------------------
+
+
+@breaks("takeover.token")
+def _gives_places_away(patch: pytest.MonkeyPatch) -> None:
+    place = peers_module.Peers._vcpu_place
+
+    def generous(self: peers_module.Peers, attach: m.Attach) -> peers_module.Place:
+        if attach.token and attach.vcpu is not None:
+            attach = replace(attach, token=self._tokens.get(attach.vcpu, b""))
+        return place(self, attach)
+
+    patch.setattr(peers_module.Peers, "_vcpu_place", generous)
+
+
+@breaks("takeover.replaced")
+def _does_not_say_that_it_replaces(patch: pytest.MonkeyPatch) -> None:
+    def quiet(self: MmuService, peer: peers_module.Peer) -> None:
+        assert peer.vcpu is not None
+        self.peers.remove(peer)
+        self.runner.submit(GivenUp(peer.vcpu, ErrorCode.REPLACED.value, ""))
+
+    _method(patch, "_replace", quiet)
+
+
+@breaks("takeover.token")
+def _keeps_the_token(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(service_module, "os", SimpleNamespace(urandom=lambda count: b"t" * count))
+
+
+def _resumption(patch: pytest.MonkeyPatch, change: Callable[[m.Resumption], m.Resumption | None]) -> None:
+    deliver = MmuService._deliver
+
+    def changed(self: MmuService, output: Any) -> None:
+        if isinstance(output, ToVcpu) and isinstance(output.body, m.Entered) and output.body.resume:
+            output = replace(output, body=replace(output.body, resume=change(output.body.resume)))
+        deliver(self, output)
+
+    _method(patch, "_deliver", changed)
+
+
+@breaks("takeover.place")
+def _says_nothing_of_the_program(patch: pytest.MonkeyPatch) -> None:
+    _resumption(patch, lambda _resumption: None)
+
+
+@breaks("takeover.trail")
+def _loses_the_state(patch: pytest.MonkeyPatch) -> None:
+    _resumption(patch, lambda resumption: replace(resumption, state=None))
+
+
+@breaks("takeover.trail")
+def _counts_one_access_less(patch: pytest.MonkeyPatch) -> None:
+    _resumption(patch, lambda resumption: replace(resumption, accesses=max(resumption.accesses - 1, 0)))
+
+
+@breaks("takeover.chain")
+def _loses_what_was_told_before(patch: pytest.MonkeyPatch) -> None:
+    _resumption(patch, lambda resumption: replace(resumption, trail=resumption.trail[-1:]))
+
+
+@breaks("takeover.anew")
+def _goes_on_for_anybody(patch: pytest.MonkeyPatch) -> None:
+    place = peers_module.Peers._vcpu_place
+
+    def always(self: peers_module.Peers, attach: m.Attach) -> peers_module.Place:
+        found = place(self, attach)
+        found.resume = found.vcpu in self._tokens
+        return found
+
+    patch.setattr(peers_module.Peers, "_vcpu_place", always)
+
+
+@breaks("life.interval")
+def _does_not_ask_for_wishes(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(service_module, "LONGEST_HEARTBEAT", 1.0)
+
+
+@breaks("life.interval")
+def _grants_every_wish(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(service_module, "SHORTEST_HEARTBEAT", 0.0)
+
+
+@breaks("version.additions")
+def _sends_everybody_what_is_new(patch: pytest.MonkeyPatch) -> None:
+    class Broken(Session):
+        def send(self, body: m.Message) -> Envelope:
+            if isinstance(body, m.ErrorReply) and not body.request:
+                request = next((each for each, seq in self.requests.items() if seq == body.seq), 0)
+                body = replace(body, request=request)
+            return super().send(body)
+
+    _session(patch, Broken)

@@ -8,8 +8,10 @@ from typing import Self
 import pytest
 
 from shadowmmu.client import Endpoint
+from shadowmmu.machine import Runner
 from shadowmmu.mmu.journal_file import JournalFile
 from shadowmmu.mmu.service import MmuService
+from shadowmmu.mmu.startup import Prepared
 from shadowmmu.protocol import TO_MMU, ErrorCode
 from shadowmmu.protocol import messages as m
 
@@ -32,7 +34,8 @@ class Service:
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
-        service = MmuService(CONFIG, JournalFile(None), HEARTBEAT)
+        journal = JournalFile(None)
+        service = MmuService(Prepared(Runner(CONFIG, journal.write), journal), HEARTBEAT)
 
         def lost(address: bytes, reason: ErrorCode, undelivered: int) -> None:
             service.on_peer_lost(address, reason, undelivered)

@@ -99,7 +99,10 @@ def test_a_broken_service_is_found_out(name: str, monkeypatch: pytest.MonkeyPatc
 
 NOT_FROM_OUTSIDE = {
     "draining", "finished", "run-finished",  # only while a run ends
-    "replaced", "internal",  # the service has no occasion for these, or a defect
+    "internal",  # a defect
+    "duplicate",  # of version 1.0
+    "forbidden",  # where keys are in use
+    "flooding",  # would take others' time
     "slow-consumer", "unreachable",  # are said to who cannot hear it
     "shutdown",  # would leave a vCPU without registers that nobody knows
 }  # fmt: skip

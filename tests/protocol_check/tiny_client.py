@@ -21,7 +21,8 @@ BASE = 0xFFFF_8000_00C0_0000
 SMALL = 0xFFFF_8000_0000_0000 + (100 << 12)
 CLEAN = 0xFFFF_8000_0000_0000 + (107 << 12)
 """A page that the guest's tables say is not dirty: it can be read before it can be written."""
-VERSION = b"SMMU/1.0"
+VERSION = b"SMMU/1.1"
+UNCOUNTED = ("attach", "attached", "resume", "resumed", "heartbeat", "detach", "ended", "error")
 
 BROKEN = {
     "no-numbers": "numbers every message 1",
@@ -53,6 +54,11 @@ BROKEN = {
     "wrong-fault": "exits with another error code than the walk's",
     "unasked-exit": "exits for an external interrupt now and then",
     "ignores-processor": "has one TLB for all processors",
+    "acts-on-repetitions": "takes an Entered that comes twice for two entries",
+    "does-not-resume": "says that it can resume, and waits",
+    "resumes-with-a-wrong-count": "says that it has taken in more than it has",
+    "forgets-what-was-lost": "does not say again what the service lacks",
+    "repeats-what-was-not-lost": "says everything again that it has kept",
     "two-walks": "asks for a second walk without waiting for the first",
 }
 
@@ -64,15 +70,27 @@ class Over(Exception):  # noqa: N818 (an outcome)
 class Client:
     def __init__(self, address: str, broken: str) -> None:
         self.broken = broken
-        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SocketType.DEALER)
-        self.socket.setsockopt(zmq.ROUTING_ID, b"tiny-%d" % os.getpid())
-        self.socket.setsockopt(zmq.LINGER, 500)
-        self.socket.connect(address)
+        self.address = address
+        self.socket = self.connect()
         self.banks: dict[int, dict[int, tuple[int, int, int]]] = {}
         self.log: list[tuple[int, int, int, int, int]] = []
         self.reset()
 
+    def connect(self) -> zmq.Socket[bytes]:
+        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SocketType.DEALER)
+        socket.setsockopt(zmq.ROUTING_ID, b"tiny-" + os.urandom(8))
+        socket.setsockopt(zmq.LINGER, 500)
+        socket.connect(self.address)
+        return socket
+
     def reset(self) -> None:
+        self.token = b""
+        self.heard = 0
+        self.heard_at = time.monotonic()
+        self.taken = 0
+        self.kept: list[tuple[str, dict[str, Any]]] = []
+        self.sent = 0
+        self.entries = 0
         self.incarnation = 0
         self.number = 0
         self.entry = 0
@@ -92,6 +110,12 @@ class Client:
     # --- messages --------------------------------------------------------------------------------------------------
 
     def send(self, tag: str, **body: Any) -> None:
+        if tag not in UNCOUNTED:
+            self.kept = [*self.kept[-63:], (tag, body)]
+            self.sent += 1
+        self.transmit(tag, body)
+
+    def transmit(self, tag: str, body: dict[str, Any]) -> None:
         number = 0
         if self.incarnation:
             self.number += 1 + (self.broken == "skips-a-number" and self.number == 4)
@@ -104,6 +128,33 @@ class Client:
         self.socket.send_multipart(frames)
         self.last_sent = time.monotonic()
 
+    def resume(self) -> None:
+        """On another connection, as often as it takes."""
+        received = self.taken + (self.broken == "resumes-with-a-wrong-count")
+        while True:
+            self.socket.close(linger=0)
+            self.socket = self.connect()
+            self.heard_at = time.monotonic()
+            resume = {"t": "resume", "token": self.token, "received": received}
+            self.socket.send_multipart([VERSION, msgpack.packb([self.incarnation, 0, resume])])
+            if not self.socket.poll(1000):
+                continue
+            incarnation, number, body = msgpack.unpackb(self.socket.recv_multipart()[1])
+            if self.leaving and body.get("code") == "stale-incarnation":
+                raise Over("detached")  # the Ended was lost
+            if body["t"] != "resumed" or (incarnation, number) != (self.incarnation, 1):
+                raise SystemExit(3)
+            self.number, self.heard, self.heard_at = 0, 1, time.monotonic()
+            lacking = self.sent - body["received"]
+            if self.broken == "repeats-what-was-not-lost":
+                lacking = len(self.kept)
+            if self.broken != "forgets-what-was-lost":
+                for tag, again in self.kept[len(self.kept) - lacking :]:
+                    self.transmit(tag, again)
+                if self.leaving:
+                    self.transmit("detach", {})
+            return
+
     def receive(self, patience: float = 30.0) -> dict[str, Any] | None:
         """The next message but heartbeats, or None if none comes in time. Sends heartbeats meanwhile."""
         until = time.monotonic() + patience
@@ -111,11 +162,14 @@ class Client:
             now = time.monotonic()
             if now - self.last_sent >= self.heartbeat and self.broken != "no-heartbeats":
                 self.send("heartbeat")
+            if self.token and now - self.heard_at > 3 * self.heartbeat and self.broken != "does-not-resume":
+                self.resume()
             if not self.socket.poll(round(max(0, min(until - now, self.heartbeat / 4, 1.0)) * 1000)):
                 if now >= until:
                     return None
                 continue
             version, data = self.socket.recv_multipart()
+            self.heard_at = time.monotonic()
             if self.broken == "exact-version-only" and version != VERSION:
                 continue
             if self.broken == "fixmaps-only" and data[1] in b"\xcf\xd3":
@@ -123,6 +177,13 @@ class Client:
             incarnation, number, body = msgpack.unpackb(data)
             if incarnation not in (0, self.incarnation) and body["t"] != "attached":
                 continue  # of an earlier incarnation
+            if 0 < number <= self.heard and body["t"] != "attached" and self.broken != "acts-on-repetitions":
+                continue
+            if body["t"] == "attached" and self.incarnation:
+                continue
+            self.heard = max(self.heard, number)
+            self.entries += body["t"] == "entered"
+            self.taken += number > 0 and body["t"] not in UNCOUNTED
             if number == 0 and body["t"] == "error" and self.incarnation:
                 if self.broken == "goes-on-after-ended":
                     continue
@@ -152,13 +213,15 @@ class Client:
                 return body
 
     left = 0  # the last entry that was left
+    leaving = False
 
     # --- entries ---------------------------------------------------------------------------------------------------
 
     def attach(self) -> bool:
         self.reset()
+        self.leaving = False
         self.last_sent = time.monotonic()
-        self.send("attach", role="vcpu", name="tiny")
+        self.send("attach", role="vcpu", name="tiny", resumable=True)
         if self.broken == "heartbeat-before-welcome":
             self.send("heartbeat")
         body = self.receive()
@@ -169,6 +232,7 @@ class Client:
                 os.abort()
             return self.attach()
         self.incarnation = body["incarnation"]
+        self.token = body["token"]
         self.vpid = body["vpid"]
         self.heartbeat = body["heartbeat"]
         self.mask, self.match = body.get("pfec_mask", 0), body.get("pfec_match", 0)
@@ -190,6 +254,8 @@ class Client:
         return body
 
     def named(self) -> int:
+        if self.broken == "acts-on-repetitions":
+            return self.entries
         return self.entry - (self.broken == "entry-from-zero")
 
     def exit(self, reason: dict[str, Any]) -> dict[str, Any]:
@@ -361,6 +427,7 @@ class Client:
         self.left = self.entry
         if self.broken == "no-detach":
             return
+        self.leaving = True
         self.send("detach")
         if self.broken == "leaves-at-once":
             return

@@ -9,14 +9,16 @@ from hdrh.histogram import HdrHistogram
 
 from shadowmmu.protocol import messages as m
 from shadowmmu.protocol.codec import FROM_MMU, TO_MMU
+from shadowmmu.protocol.continuity import QUIET_INTERVALS
 from shadowmmu.protocol.errors import ErrorCode, RemoteProtocolError, error_reply
 from shadowmmu.protocol.messages import LOG_SECONDS, Envelope
 from shadowmmu.protocol.session import Session
 from shadowmmu.protocol.states import MMU, Side, State
-from shadowmmu.vcpu.driver import SLICE_INSTRUCTIONS, TURN_INSTRUCTIONS, TURN_SECONDS, VcpuDriver
+from shadowmmu.vcpu.driver import SLICE_INSTRUCTIONS, TURN_INSTRUCTIONS, TURN_SECONDS, Reopen, VcpuDriver
 
 HEARTBEAT = 1.0
-MISSED = 5
+PATIENCE = 60.0
+TOKEN = b"token of vCPU 3"
 INSTRUCTION = 1e-6  # seconds that one takes on the fake clock
 
 
@@ -35,7 +37,8 @@ class FakeCore:
         self.clock = clock
         self.done = False
         self.started = False
-        self.entry = 0  # 0: outside
+        self.entry = 0
+        self.inside = False
         self.kicks = 0
         self.walking = False
         self.walk_next = False
@@ -52,7 +55,7 @@ class FakeCore:
     @property
     def waiting(self) -> bool:
         full = len(self.log) == m.LOG_LIMIT and not self.credits
-        return not self.entry or self.walking or full or not self.hits
+        return not self.inside or self.walking or full or not self.hits
 
     @property
     def log_pending(self) -> int:
@@ -65,7 +68,7 @@ class FakeCore:
     def receive(self, body: m.MmuMessage) -> None:
         match body:
             case m.Entered():
-                self.entry = body.entry
+                self.entry, self.inside = body.entry, True
             case m.Walked():
                 self.walking = False
             case m.Applied():
@@ -79,10 +82,10 @@ class FakeCore:
                 raise AssertionError(body)
 
     def interrupted(self) -> None:
-        if self.entry:
+        if self.inside:
             self.ship_log()
             self.output.append(m.Exit(self.entry, m.ExternalInterruptExit()))
-            self.entry, self.walking = 0, False
+            self.inside = self.walking = False
 
     def run(self, limit: int) -> int:
         if self.waiting:
@@ -131,7 +134,7 @@ class Pair:
         self.clock = Clock()
         self.core = FakeCore(self.clock)
         self.made: list[tuple[int, int]] = []
-        self.driver = VcpuDriver("worker-1", self._make_core, self.clock, missed=MISSED)
+        self.driver = VcpuDriver("worker-1", self._make_core, self.clock, patience=PATIENCE)
         self.service = Session(MMU, Side.SERVICE)
         self.heard: list[m.Message] = []
 
@@ -151,13 +154,13 @@ class Pair:
     def reply(self, body: m.Message) -> None:
         self.driver.received(FROM_MMU.encode(self.service.send(body)))
 
-    def attach(self) -> None:
-        self.driver.attach()
-        assert self.sent() == [m.Attach(m.Role.VCPU, "worker-1")]
-        self.reply(m.Attached(3, 9, vpid=True, heartbeat=HEARTBEAT))
+    def attach(self, token: bytes = b"") -> None:
+        self.driver.opened()
+        assert self.sent() == [m.Attach(m.Role.VCPU, "worker-1", resumable=True)]
+        self.reply(m.Attached(3, 9, vpid=True, heartbeat=HEARTBEAT, token=token))
 
-    def enter(self) -> None:
-        self.attach()
+    def enter(self, token: bytes = b"") -> None:
+        self.attach(token)
         self.driver.start(4)
         self.driver.turn()
         assert self.sent() == [m.Enter()]
@@ -350,12 +353,70 @@ def test_a_silent_service_is_given_up(pair: Pair) -> None:
     pair.attach()
     silent_since = pair.clock.now
     while pair.driver.end is None:
-        assert pair.clock.now - silent_since < 2 * MISSED * HEARTBEAT
+        assert pair.clock.now - silent_since < 2 * PATIENCE
         pair.clock.now += pair.driver.tick_seconds
         pair.driver.tick()
     assert not pair.driver.end.in_order
     assert "nothing was heard" in pair.driver.end.text
-    assert pair.clock.now - silent_since >= MISSED * HEARTBEAT
+    assert pair.clock.now - silent_since >= QUIET_INTERVALS * HEARTBEAT
+
+
+def test_a_silent_service_is_tried_over_other_connections_and_given_up_at_last(pair: Pair) -> None:
+    pair.attach(TOKEN)
+    silent_since = pair.clock.now
+    tried = 0
+    while pair.driver.end is None:
+        assert pair.clock.now - silent_since < 2 * PATIENCE
+        pair.clock.now += pair.driver.tick_seconds
+        pair.driver.tick()
+        if pair.driver.reopen is not None:
+            pair.driver.reopen = None
+            pair.driver.opened()
+            (frames,) = pair.driver.take_frames()
+            assert TO_MMU.decode(frames) == Envelope(9, 0, m.Resume(TOKEN, 0))
+            tried += 1
+    assert tried > 3
+    assert pair.clock.now - silent_since >= PATIENCE
+
+
+def test_what_was_on_its_way_is_said_again_on_the_next_connection(pair: Pair) -> None:
+    pair.enter(TOKEN)
+    pair.core.run(5)
+    pair.driver.drain()
+    pair.driver.turn()
+    pair.driver.take_frames()  # lost
+    pair.driver.opened()
+    (resume,) = pair.sent()
+    assert isinstance(resume, m.Resume)
+    for envelope in pair.service.resume(resume):
+        pair.driver.received(FROM_MMU.encode(envelope))
+    assert kinds(pair.sent()) == [m.Log, m.Exit, m.Detach]
+    assert pair.driver.counters()["vcpu.resumed"] == 1
+
+
+def test_a_lost_incarnation_is_followed_by_another_with_a_new_core(pair: Pair) -> None:
+    pair.enter(TOKEN)
+    pair.core.run(5)
+    pair.reply(m.Ended("given-up", "silent for 5 s"))
+    assert (pair.driver.end, pair.driver.reopen) == (None, Reopen.NOW)
+    assert pair.driver.counters()["vcpu.instructions"] == 5
+    pair.core = FakeCore(pair.clock)
+    pair.service = Session(MMU, Side.SERVICE)
+    pair.driver.opened()
+    assert pair.sent() == [m.Attach(m.Role.VCPU, "worker-1", 3, resumable=True, token=TOKEN)]
+    pair.reply(m.Attached(3, 10, vpid=True, heartbeat=HEARTBEAT, token=TOKEN))
+    pair.driver.turn()
+    assert pair.sent() == [m.Enter()]
+    assert pair.made == [(3, 4), (3, 4)]
+
+
+def test_a_replacement_waits_for_its_place(pair: Pair) -> None:
+    driver = VcpuDriver("worker-2", pair._make_core, pair.clock, patience=PATIENCE, place=(3, TOKEN))
+    pair.driver = driver
+    driver.opened()
+    assert pair.sent() == [m.Attach(m.Role.VCPU, "worker-2", 3, resumable=True, token=TOKEN)]
+    pair.reply(m.ErrorReply("vcpu-taken", "vCPU 3 is attached"))
+    assert (driver.end, driver.reopen) == (None, Reopen.LATER)
 
 
 def test_a_pause_of_our_own_is_not_the_services_silence(pair: Pair) -> None:
@@ -388,7 +449,7 @@ def test_drain_before_the_start_detaches_at_once(pair: Pair) -> None:
 
 
 def test_drain_while_attaching_detaches_as_soon_as_possible(pair: Pair) -> None:
-    pair.driver.attach()
+    pair.driver.opened()
     pair.sent()
     pair.driver.drain()
     pair.reply(m.Attached(0, 1, vpid=True, heartbeat=HEARTBEAT))
@@ -417,7 +478,7 @@ def test_an_error_reply_is_counted_and_is_the_end(pair: Pair) -> None:
 
 
 def test_a_refused_attach_is_the_end(pair: Pair) -> None:
-    pair.driver.attach()
+    pair.driver.opened()
     pair.sent()
     pair.reply(m.ErrorReply("run-full", "no place left"))
     end = pair.driver.end

@@ -1,15 +1,17 @@
-"""What all clients have in common: one DEALER endpoint, one session, heartbeats, and one way to fail.
+"""What all clients have in common: a line to a service, one session, heartbeats, and one way to fail.
 
 A client object belongs to the loop in which it was made. Messages are handled in the loop's reader callback, so they
-are taken in the order in which they came; awaiting methods are woken through futures. Once anything is wrong with the
-connection (the service ended the session, fell silent, or violated the protocol) the client has *failed*: every
-waiting and every later call raises the same error.
+are taken in the order in which they came; awaiting methods are woken through futures. Once anything is wrong (the
+service ended the session, fell silent, or violated the protocol) the client has *failed*: every waiting and every
+later call raises the same error.
+
+The loss of a connection is such a failure, but not for a client that is `resumable`: it goes on with its session over
+another one, and nobody who waits notices.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Final, Self, TypedDict, TypeVar, Unpack
@@ -17,6 +19,8 @@ from typing import Any, Final, Self, TypedDict, TypeVar, Unpack
 import zmq
 
 from shadowmmu.client.errors import RequestRefused, ServiceError, ServiceLost, SessionEnded
+from shadowmmu.client.keys import ClientKeys, Plain
+from shadowmmu.client.line import Line
 from shadowmmu.client.transport import Endpoint, EndpointOptions
 from shadowmmu.protocol import (
     FROM_COORDINATOR,
@@ -33,10 +37,26 @@ from shadowmmu.protocol import (
     Service,
     Session,
     Side,
+    State,
 )
-from shadowmmu.protocol.messages import Attach, Attached, Ended, ErrorReply, Finished, Heartbeat, Join, Joined
+from shadowmmu.protocol.continuity import INCARNATION_LOST, NOTHING_TO_RESUME, QUIET_INTERVALS
+from shadowmmu.protocol.messages import (
+    Attach,
+    Attached,
+    Ended,
+    ErrorReply,
+    Finished,
+    Heartbeat,
+    Join,
+    Joined,
+    Resume,
+    Resumed,
+)
 
 __all__ = ["ClientOptions", "Connection"]
+
+PATIENCE_LOOKS: Final = 16
+"""A pause of our own counts for one sixteenth of our patience, at most."""
 
 T = TypeVar("T")
 
@@ -51,8 +71,10 @@ class ClientOptions(TypedDict, total=False):
 
     `name`: who we are, for people. `timeout`: seconds to wait for the welcome. `missed`: heartbeats after which the
     service is given up. `context`: a ZeroMQ context shared with others. `tolerate_refusals`: error replies about
-    messages that were not accepted do not end the connection but are kept for `refusal()`: for tests that send
-    what they should not (through `endpoint`).
+    messages that were not accepted do not end the connection but are kept for `refusal()`: for tests that send what
+    they should not (through `endpoint`). `security`: our keys and the service's (default: none, which goes on this
+    machine alone). `resumable`: the session survives its connection; the service is given up after `patience` seconds
+    of silence (60).
     """
 
     name: str
@@ -60,6 +82,9 @@ class ClientOptions(TypedDict, total=False):
     missed: int
     context: zmq.Context[zmq.Socket[bytes]]
     tolerate_refusals: bool
+    security: ClientKeys | Plain
+    resumable: bool
+    patience: float
 
 
 class Connection:
@@ -90,22 +115,39 @@ class Connection:
         self._welcome: asyncio.Future[Any] | None = None
         self._last: asyncio.Future[Any] = self._loop.create_future()  # the message that ends the session
 
+        self._resumable = options.get("resumable", False)
+        patience = options.get("patience", 60.0)
+        self._patience = HeartbeatTimer(patience / PATIENCE_LOOKS, self._loop.time(), missed=PATIENCE_LOOKS)
+        self._opening: Attach | Join | None = None
+        self.resumed = 0
+        """How often the session went on over another connection."""
+
         endpoint_options: EndpointOptions = {
             "on_failure": self._on_failure,
             "hard_limit": self._incoming.hard_limit,
-            # The same over reconnections, unlike all others', and not beginning with 0 (those are libzmq's).
-            "routing_id": self.name.encode("ascii", "replace")[:64] + b"-" + os.urandom(8),
         }
         if "context" in options:
             endpoint_options["context"] = options["context"]
-        self.endpoint = Endpoint.dealer(self._on_frames, **endpoint_options)
-        self.endpoint.connect(address)
-        self.endpoint.start()
+        self._key_advice = ""
+        if "security" in options:
+            endpoint_options["security"] = security = options["security"]
+            if isinstance(security, ClientKeys):  # a service does not answer those whom it does not let in
+                self._key_advice = f"; is our key authorised there, and {security.server} the service's?"
+        self._line = Line(address, self.name, self._on_frames, self._on_open, **endpoint_options)
+        self._line.open()
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """The socket, through which a test may send anything at all. Raises ServiceLost between two connections."""
+        if self._line.endpoint is None:
+            raise ServiceLost(f"there is no connection to {self.address}")
+        return self._line.endpoint
 
     # --- opening and closing --------------------------------------------------------------------------------------
 
     async def _open(self, body: Attach | Join) -> None:
         """Attach or join, and wait for the welcome; closes the client if there is none."""
+        self._opening = body
         self._welcome = self._future()
         self.send(body)
         try:
@@ -114,14 +156,16 @@ class Connection:
         except BaseException as error:
             await self.close()
             if isinstance(error, TimeoutError):
-                raise ServiceLost(f"no answer from {self.address} within {self._timeout} s") from None
+                raise ServiceLost(
+                    f"no answer from {self.address} within {self._timeout} s{self._key_advice}"
+                ) from None
             raise
 
     async def close(self, linger: float = 0.0) -> None:
         """End everything at once. What waits raises SessionEnded."""
         self._closing = True
         self._fail(SessionEnded(ErrorCode.DETACHED, "the client was closed"))
-        await self.endpoint.close(linger)
+        await self._line.close(linger)
 
     async def __aenter__(self) -> Self:
         return self
@@ -147,24 +191,60 @@ class Connection:
             self.session.preview(body)
         )  # first: what cannot be encoded is not numbered
         envelope = self.session.send(body)
-        self.endpoint.send(b"", frames)
+        # Until a new connection is taken up only Resume goes out; the session keeps the rest.
+        if not self.session.resuming or isinstance(body, Resume):
+            self._line.send(frames)
         if self._timer is not None:
             self._timer.sent(self._loop.time())
         return envelope
+
+    def _attach_anew(self) -> bool:
+        """The incarnation is lost: begins another one, if the role can."""
+        if not self._resumable or not self._incarnation_lost():
+            return False
+        if self._beat_handle is not None:
+            self._beat_handle.cancel()
+        self._timer = None
+        self.session = Session(self.session.service, Side.PEER)
+        self.session.state = State.ATTACHING  # `_on_open` asks
+        self._loop.call_soon(self._line.open)
+        return True
+
+    def _incarnation_lost(self) -> bool:
+        """Whether a client of this role goes on with a new incarnation; makes it ready for that."""
+        return False
 
     def _handle(self, body: Message) -> None:
         """Act on a message of the role's own."""
         raise NotImplementedError
 
-    def _on_frames(self, _peer: bytes, frames: list[bytes]) -> None:
+    def _on_open(self) -> None:
+        """There is a connection, the first or another one."""
+        session = self.session
+        if self.error is not None or self._opening is None:
+            return
+        if session.state is State.ATTACHING:
+            session.reset()
+            session.state = State.DETACHED
+            self.send(self._opening)
+        elif self._resumable and session.attached and session.token:
+            self.send(Resume(session.token, session.continuity.received))
+        else:
+            self._fail(ServiceLost(f"the connection to {self.address} was lost"))
+
+    def _on_frames(self, frames: list[bytes]) -> None:
         if self.error is not None:
             return
         try:
             envelope = self._incoming.decode(frames)
             act = self.session.receive(envelope)
         except ProtocolError as error:
-            self._fail(ServiceError(error.code, f"the service violated the protocol: {error.text}"))
+            if error.code is ErrorCode.SEQUENCE_GAP and self._resumable and self.session.token:
+                self._loop.call_soon(self._line.open)  # something was lost on the way
+            else:
+                self._fail(ServiceError(error.code, f"the service violated the protocol: {error.text}"))
             return
+        self._patience.heard(self._loop.time())
         if self._timer is not None:
             self._timer.heard(self._loop.time())
         if act or (self._refusals is not None and isinstance(envelope.body, ErrorReply)):
@@ -182,6 +262,12 @@ class Connection:
                 self._start_heartbeats(body.heartbeat)
                 self._handle(body)
                 self._answer(self._welcome, body)
+            case Resumed():
+                self.resumed += 1
+                for again in self.session.lacking(body):
+                    self._line.send(self._outgoing.encode(again))
+            case Ended() if body.code in INCARNATION_LOST and self._attach_anew():
+                pass
             case Ended():
                 self._answer(self._last, body)
                 self._fail(SessionEnded(body.code, body.text))
@@ -193,8 +279,15 @@ class Connection:
 
     def _refused(self, error: ErrorReply) -> None:
         """A message of ours was not accepted: what follows it will not be either, so this connection is finished."""
-        if self._refusals is not None and self.session.attached:
+        session = self.session
+        if self._refusals is not None and session.attached:
             self._refusals.put_nowait(error)
+        elif error.code == ErrorCode.ALREADY_ATTACHED and session.attached:
+            pass  # our opening came twice
+        elif error.code in NOTHING_TO_RESUME and session.token and self._resumable and not session.resuming:
+            self._loop.call_soon(self._line.open)  # the service was restarted
+        elif error.code in NOTHING_TO_RESUME and session.resuming and self._attach_anew():
+            pass
         else:
             self._fail(RequestRefused(error.code, error.text, error.seq))
 
@@ -258,15 +351,24 @@ class Connection:
     # --- signs of life --------------------------------------------------------------------------------------------
 
     def _start_heartbeats(self, interval: float) -> None:
-        self._timer = HeartbeatTimer(interval, self._loop.time(), missed=self._missed)
+        missed = QUIET_INTERVALS if self._resumable else self._missed
+        if self._beat_handle is not None:
+            self._beat_handle.cancel()
+        self._timer = HeartbeatTimer(interval, self._loop.time(), missed=missed)
         self._beat_handle = self._loop.call_later(interval / 2, self._beat)
 
     def _beat(self) -> None:
         timer = self._timer
         assert timer is not None
         now = self._loop.time()
-        if timer.expired(now):
-            self._fail(ServiceLost(f"nothing heard from {self.address} for {timer.silence:.1f} s"))
+        expired = timer.expired(now)
+        lost = self._patience.expired(now) or not self._resumable
+        if expired and not lost:
+            timer.heard(now)  # the next connection has as long
+            self._loop.call_soon(self._line.open)
+        elif expired:
+            silence = self._patience.silence if self._resumable else timer.silence
+            self._fail(ServiceLost(f"nothing heard from {self.address} for {silence:.1f} s"))
             return
         if timer.due(now):
             self.send(Heartbeat())

@@ -38,7 +38,7 @@ class HostClient(Connection):
     async def connect(cls, address: str, **options: Unpack[ClientOptions]) -> Self:
         """Connect and attach. Raises RequestRefused or ServiceLost."""
         client = cls(address, **options)
-        await client._open(Attach(Role.HOST, client.name))
+        await client._open(Attach(Role.HOST, client.name, resumable=options.get("resumable", False)))
         return client
 
     async def request(self, operation: HostOperation, *, paced: bool = False) -> HostReply:
@@ -74,7 +74,7 @@ class HostClient(Connection):
             case HostReply():
                 self._answer(self._replies.get(body.request), body)
             case ErrorReply():
-                future = self._replies.get(self._numbers.get(body.seq, 0))
+                future = self._replies.get(body.request or self._numbers.get(body.seq, 0))
                 if future is not None and not future.done():
                     future.set_exception(RequestRefused(body.code, body.text, body.seq))
             case _:

@@ -3,7 +3,8 @@
     join the coordinator -> attach to the MMU service -> ready -> start -> work -> drain -> detach -> report -> end
 
 What the worker does at the MMU service is its *part*; this module gets it through the run. From everywhere there are
-other ways out: a signal, the end of the run, a lost coordinator, a part that failed. All of them leave the MMU service
+other ways out: a signal, the end of the run, a part that failed, a coordinator that could not be reached again for a
+minute (until then it is waited for: the work goes on). All of them leave the MMU service
 in order if that is still possible, tell the coordinator if it still listens, and are bounded in time. A worker that has
 failed stays a member until the run is finished, so that whoever watches for processes that end (Compose) sees the
 coordinator end first. The exit status says which way it was:
@@ -24,10 +25,11 @@ from typing import Any, Final, Protocol, TypeVar
 import msgspec
 import structlog
 
-from shadowmmu.client import MemberClient, ServiceError, SessionEnded
+from shadowmmu.client import MemberClient, Security, ServiceError, SessionEnded, key_role
 from shadowmmu.protocol.errors import ErrorCode, ProtocolError
 from shadowmmu.protocol.heartbeat import MISSED_LIMIT
 from shadowmmu.protocol.messages import Joined, Role
+from shadowmmu.protocol.states import COORDINATOR
 
 __all__ = ["LifeOptions", "Part", "take_part"]
 
@@ -52,18 +54,21 @@ class LifeOptions(msgspec.Struct, frozen=True, kw_only=True):
     for finishing what is under way and detaching at the end of a run; `stop_seconds`: the same once something else
     ended us (a signal, a lost coordinator); `finish_seconds`: for the end of the run, once we have failed and said so;
     `linger_seconds`: to stay after the end, for a supervisor that ends a run when its first process ends (Compose) and
-    is to see the coordinator end first. `missed`: heartbeats in a row that others may leave out.
+    is to see the coordinator end first. `missed`: heartbeats in a row that others may leave out. `security`: the keys.
+    `patience_seconds`: of silence of the MMU service, until it is given up.
     """
 
     coordinator: str
     name: str
     join_seconds: float = 90.0
-    attach_seconds: float = 10.0
+    attach_seconds: float = 30.0
     leave_seconds: float = 20.0
     stop_seconds: float = 2.0
     finish_seconds: float = 60.0
     linger_seconds: float = 0.0
     missed: int = MISSED_LIMIT
+    patience_seconds: float = 60.0
+    security: Security = Security()
 
 
 class Part(Protocol):
@@ -76,6 +81,11 @@ class Part(Protocol):
     @property
     def vcpu(self) -> int | None:
         """The vCPU's number, for those that are one."""
+        ...
+
+    @property
+    def token(self) -> bytes:
+        """What the MMU service gave a vCPU: who has it may go on with its program."""
         ...
 
     @property
@@ -133,7 +143,12 @@ async def take_part(options: LifeOptions, role: Role, make_part: Callable[[Joine
 
 async def _join(options: LifeOptions, role: Role, stop: _Stop) -> MemberClient:
     joining = MemberClient.join(
-        options.coordinator, role, name=options.name, timeout=options.join_seconds, missed=options.missed
+        options.coordinator,
+        role,
+        name=options.name,
+        timeout=options.join_seconds,
+        missed=options.missed,
+        security=options.security.client(key_role(role), COORDINATOR),
     )
     try:
         return await _unless_stopped(joining, stop)
@@ -209,7 +224,7 @@ class _Life:
             raise _Over(FAILED, f"the MMU service at {address} did not take us in within {seconds:g} s")
         if not self._drained.done():
             self._log.info("attached", vcpu=self._part.vcpu)
-            self._member.ready(self._part.vcpu)
+            self._member.ready(self._part.vcpu, self._part.token)
 
     async def _work(self) -> None:
         await self._until(self._started, self._drained)

@@ -16,6 +16,9 @@ happened", once, and any call that processes the socket's commands, *a send incl
 message that arrives before a send is then in the socket, but the descriptor stays silent. So ZMQ_EVENTS is asked
 again after every send and after every drain. `tests/client/test_transport.py` reproduces the lost edge.
 
+Where keys are in use (CURVE), nobody gets a connection whose key is not on the service's list, and `sender` says whose
+key each message came with. Without keys a socket binds and connects on this machine alone, unless told otherwise.
+
 Nothing is dropped silently. A message that would block waits in a bounded queue of its peer and is tried again; a
 peer that cannot be reached, or whose queue is full, is reported with the number of messages that it will not get.
 """
@@ -25,6 +28,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import os
+import socket
 from collections import deque
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -32,6 +37,9 @@ from typing import Final, Self, TypedDict, Unpack
 
 import zmq
 
+from shadowmmu.client.access import ANYBODY, User
+from shadowmmu.client.keys import Authorized, ClientKeys, InsecureAddressError, Plain, ServerKeys
+from shadowmmu.client.zap import DOMAIN, ZapHandler
 from shadowmmu.protocol import TO_MMU, ErrorCode
 
 __all__ = ["DRAIN_LIMIT", "QUEUE_LIMIT", "Endpoint", "EndpointOptions"]
@@ -40,6 +48,8 @@ DRAIN_LIMIT: Final = 64
 """Most messages taken from the socket in one turn."""
 FRAME_LIMIT: Final = 512
 """Most frames taken from the socket in one turn, whatever messages they belong to."""
+CUT_FRAMES: Final = 64
+"""A message of more frames than this costs its sender the connection: reading it costs more than many others."""
 PARTS_KEPT: Final = 8
 """Of a message with more frames than this only so many are handed on: enough to refuse it."""
 QUEUE_LIMIT: Final = 1024
@@ -51,6 +61,8 @@ RETRY_SECONDS: Final = 0.01
 
 A ROUTER says that it is writable when any of its peers is, and the signal that a certain one has become writable can
 be taken away by sending to another: so the descriptor alone does not suffice."""
+LIST_SECONDS: Final = 1.0
+"""How often the list of authorised keys is looked at."""
 
 _MORE: Final = int(zmq.DONTWAIT | zmq.SNDMORE)
 _LAST: Final = int(zmq.DONTWAIT)
@@ -68,7 +80,10 @@ class EndpointOptions(TypedDict, total=False):
     messages sent later may. `on_failure(error)`: a callback raised; reading has ended, and what waits is not sent
     (default: the loop's exception handler). `context`: shared with others (default: its own). `hard_limit`: bytes
     of a frame above which the sender's connection is cut. `queue_limit`, `socket_queue`: messages per peer.
-    `routing_id`: of a DEALER; stays the same over reconnections, and must be unlike all others'.
+    `routing_id`: of a DEALER; stays the same over reconnections, and must be unlike all others' (and not to be guessed:
+    who has it and an authorised key could take the connection over). `security`: ServerKeys for a socket that binds,
+    ClientKeys for one that connects (default: none, and so on this machine alone). An endpoint with ServerKeys
+    answers for its context, so no two of them may share one.
     """
 
     on_batch: Callable[[], None]
@@ -79,6 +94,7 @@ class EndpointOptions(TypedDict, total=False):
     queue_limit: int
     socket_queue: int
     routing_id: bytes
+    security: ServerKeys | ClientKeys | Plain
 
 
 class Endpoint:
@@ -114,6 +130,14 @@ class Endpoint:
         if "routing_id" in options:
             self.socket.setsockopt(zmq.ROUTING_ID, options["routing_id"])
 
+        self._security = options.get("security", Plain())
+        self._authorized: Authorized | None = None
+        self._zap: ZapHandler | None = None
+        self._list_timer: asyncio.TimerHandle | None = None
+        self.sender: User | None = ANYBODY
+        """Whose key the message has that `on_message` is given; None: of nobody who is authorised any more."""
+        self._set_keys()
+
         self.error: Exception | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._fd = -1
@@ -123,6 +147,9 @@ class Endpoint:
         self._paused = False
         self._closed = False
         self._parts: list[bytes] = []  # of a message whose frames are still being taken in
+        self._frames = 0  # how many of it were taken
+        self.cut = 0
+        """Connections that were cut."""
         self._outbox: deque[tuple[bytes, Sequence[bytes]]] = deque()
         self._blocked: dict[bytes, deque[Sequence[bytes]]] = {}
         self._lost: dict[tuple[bytes, ErrorCode], int] = {}
@@ -141,14 +168,47 @@ class Endpoint:
         """A peer's end: one service."""
         return cls(zmq.SocketType.DEALER, on_message, **options)
 
+    def _set_keys(self) -> None:
+        security = self._security
+        match security:
+            case ServerKeys():
+                # First the handler: without one libzmq would let nobody in, but only if the domain is enforced.
+                self._authorized = security.authorized
+                self._zap = ZapHandler(self._context, self._is_authorized)
+                self.socket.setsockopt(zmq.ZAP_DOMAIN, DOMAIN)
+                self.socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+                self.socket.setsockopt(zmq.CURVE_SERVER, 1)
+                self.socket.setsockopt(zmq.CURVE_SECRETKEY, security.pair.secret.encode())
+            case ClientKeys():
+                self.socket.setsockopt(zmq.CURVE_SERVERKEY, security.server.encode())
+                self.socket.setsockopt(zmq.CURVE_PUBLICKEY, security.pair.public.encode())
+                self.socket.setsockopt(zmq.CURVE_SECRETKEY, security.pair.secret.encode())
+            case Plain():
+                pass
+
+    def _is_authorized(self, key: str) -> bool:
+        return self._authorized is not None and self._authorized.user(key) is not None
+
+    def _check_address(self, address: str) -> None:
+        if isinstance(self._security, Plain):
+            self._security.check(address)
+        elif address.startswith("inproc:"):
+            raise InsecureAddressError(f"{address}: CURVE has no effect within a process")
+
     def bind(self, address: str) -> str:
-        """Bind; returns the real address (`tcp://127.0.0.1:*` takes a free port)."""
+        """Bind; returns the real address (`tcp://127.0.0.1:*` takes a free port).
+
+        Raises InsecureAddressError if others could reach it and there are no keys.
+        """
+        self._check_address(address)
         self.socket.bind(address)
         last = self.socket.getsockopt(zmq.LAST_ENDPOINT)
         assert isinstance(last, bytes)
         return last.rstrip(b"\0").decode()
 
     def connect(self, address: str) -> None:
+        """Connect, when there is something to connect to. Raises InsecureAddressError as `bind` does."""
+        self._check_address(address)
         self.socket.connect(address)
 
     def start(self) -> None:
@@ -160,6 +220,9 @@ class Endpoint:
         self._loop = asyncio.get_running_loop()
         self._fd = fd
         self._loop.add_reader(fd, self._turn)
+        if self._zap is not None:
+            self._zap.start()
+            self._look_at_list()
         self._schedule()  # what came before may not make the descriptor readable again
 
     async def __aenter__(self) -> Self:
@@ -182,15 +245,23 @@ class Endpoint:
         if self.error is None and not self._in_turn:
             self._last_turn()
         undelivered = len(self._outbox) + sum(map(len, self._blocked.values())) + sum(self._lost.values())
-        self._stop()
-        self._closed = True
-        self.socket.close(linger=math.ceil(linger * 1000))
+        self.drop(linger)
         if self._own_context:
             if linger > 0:
                 await asyncio.to_thread(self._context.term)
             else:
                 self._context.term()
         return undelivered
+
+    def drop(self, linger: float = 0.0) -> None:
+        """Close the socket as it is, without sending what waits. The context, if it is shared, goes on."""
+        if self._closed:
+            return
+        self._stop()
+        self._closed = True
+        if self._zap is not None:
+            self._zap.close()
+        self.socket.close(linger=math.ceil(linger * 1000))
 
     # --- flow -----------------------------------------------------------------------------------------------------
 
@@ -211,6 +282,11 @@ class Endpoint:
     @property
     def closed(self) -> bool:
         return self._closed
+
+    @property
+    def not_let_in(self) -> int:
+        """How many connections failed because their keys are not authorised."""
+        return 0 if self._zap is None else self._zap.refused
 
     def queued(self, peer: bytes = b"") -> int:
         """How many messages wait for the peer because the socket would block."""
@@ -333,7 +409,7 @@ class Endpoint:
         self._turn()
 
     def _drain(self) -> None:
-        socket = self.socket
+        zmq_socket = self.socket
         frames_left = FRAME_LIMIT
         for _ in range(DRAIN_LIMIT):
             if not self._has_more():
@@ -344,15 +420,46 @@ class Endpoint:
                 if not frames_left:
                     return
                 frames_left -= 1
-                part = socket.recv(_LAST)
-                if len(parts) <= PARTS_KEPT:
-                    parts.append(part)
-                more = socket.getsockopt(_RCVMORE)
+                self._frames += 1
+                if self._frames == CUT_FRAMES:
+                    self._cut(zmq_socket.recv(_LAST, copy=False))
+                elif parts or self._authorized is None:
+                    part = zmq_socket.recv(_LAST)
+                    if len(parts) <= PARTS_KEPT:
+                        parts.append(part)
+                else:
+                    parts.append(self._recv_address())
+                more = zmq_socket.getsockopt(_RCVMORE)
             self._parts = []
+            self._frames = 0
             peer = parts.pop(0) if self._routed else b""
             self._on_message(peer, parts)
             if self._closed:
                 return
+
+    def _cut(self, frame: zmq.Frame) -> None:
+        """Shuts down the connection that a frame came by. libzmq has no call for that, but tells the descriptor."""
+        self.cut += 1
+        with contextlib.suppress(OSError, zmq.ZMQError):  # it is gone already, or there is none (inproc)
+            descriptor = os.dup(int(frame.get(zmq.SRCFD)))
+            with socket.socket(fileno=descriptor) as connection:
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def _recv_address(self) -> bytes:
+        """The first frame of a message to a service with keys, and whose key its connection has.
+
+        That costs a microsecond per message. The routing id alone says nothing: another connection may take it over.
+        """
+        assert self._authorized is not None
+        frame = self.socket.recv(_LAST, copy=False)
+        self.sender = self._authorized.user(str(frame.get("User-Id")))
+        return frame.bytes
+
+    def _look_at_list(self) -> None:
+        assert self._loop is not None
+        assert self._authorized is not None
+        self._authorized.refresh()
+        self._list_timer = self._loop.call_later(LIST_SECONDS, self._look_at_list)
 
     def _tell_lost(self) -> None:
         lost, self._lost = self._lost, {}
@@ -390,6 +497,9 @@ class Endpoint:
         if self._retry is not None:
             self._retry.cancel()
             self._retry = None
+        if self._list_timer is not None:
+            self._list_timer.cancel()
+            self._list_timer = None
         if self._fd >= 0 and self._loop is not None:
             with contextlib.suppress(RuntimeError):  # a loop that was closed before us
                 self._loop.remove_reader(self._fd)

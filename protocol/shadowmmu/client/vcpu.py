@@ -57,11 +57,15 @@ class VcpuClient(Connection):
 
     @classmethod
     async def connect(
-        cls, address: str, *, vcpu: int | None = None, **options: Unpack[ClientOptions]
+        cls, address: str, *, vcpu: int | None = None, token: bytes = b"", **options: Unpack[ClientOptions]
     ) -> Self:
-        """Connect and attach, as the vCPU of that number if given. Raises RequestRefused or ServiceLost."""
+        """Connect and attach, as the vCPU of that number if given. Raises RequestRefused or ServiceLost.
+
+        `token`: of the vCPU's incarnation before, whose program goes on (`Entered.resume` says where).
+        """
         client = cls(address, **options)
-        await client._open(Attach(Role.VCPU, client.name, vcpu))
+        resumable = options.get("resumable", False)
+        await client._open(Attach(Role.VCPU, client.name, vcpu, resumable=resumable, token=token))
         return client
 
     @property

@@ -25,6 +25,7 @@ from shadowmmu.protocol.codec import (
     VERSION,
     VERSION_FRAME,
     Direction,
+    minor_version,
 )
 from shadowmmu.protocol.errors import (
     REGISTRY,
@@ -88,6 +89,7 @@ __all__ = [
     "VERSION",
     "VERSION_FRAME",
     "Conversation",
+    "minor_version",
     "Direction",
     "Effect",
     "ErrorInfo",

@@ -22,6 +22,7 @@ from shadowmmu.protocol.codec import (
     VERSION_FRAME,
     Direction,
 )
+from shadowmmu.protocol.continuity import KEPT, kind_counts
 from shadowmmu.protocol.errors import REGISTRY
 from shadowmmu.protocol.heartbeat import MISSED_LIMIT
 from shadowmmu.protocol.ledger import EVENT_CREDITS, HOST_CREDITS
@@ -69,6 +70,10 @@ def asyncapi_document(examples: Mapping[str, Iterable[Example]]) -> _Object:
         },
         "x-framing": _framing(),
         "x-limits": _limits(),
+        "x-counting": {
+            direction.name: [kind.__name__ for kind in MESSAGES[direction] if kind_counts(kind)]
+            for direction in (TO_MMU, FROM_MMU)
+        },
         "x-conversations": [_conversation(conversation) for conversation in CONVERSATIONS],
         "x-errors": _errors(),
     }
@@ -162,6 +167,8 @@ def _limits() -> _Object:
         "hostRequestsUnderWay": HOST_CREDITS,
         "eventBatchesNotTakenIn": EVENT_CREDITS,
         "silentHeartbeatIntervals": MISSED_LIMIT,
+        "messagesKept": KEPT,
+        "stepsOfATrail": m.TRAIL_LIMIT,
     }
 
 

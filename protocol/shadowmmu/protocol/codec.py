@@ -30,9 +30,10 @@ __all__ = [
     "VERSION",
     "VERSION_FRAME",
     "Direction",
+    "minor_version",
 ]
 
-VERSION: Final = (1, 0)
+VERSION: Final = (1, 1)
 """The protocol's major and minor version."""
 VERSION_FRAME: Final = b"SMMU/%d.%d" % VERSION
 """The first frame of every message that we send."""
@@ -125,6 +126,11 @@ class Direction:
         )
 
 
+def minor_version(frames: Sequence[bytes]) -> int:
+    """Of the sender of a message that has been decoded."""
+    return int(frames[0].rpartition(b".")[2])
+
+
 def _check_version(frame: bytes) -> None:
     match = _VERSION_PATTERN.fullmatch(frame) if len(frame) <= _VERSION_FRAME_LIMIT else None
     if match is None:
@@ -137,9 +143,9 @@ def _check_version(frame: bytes) -> None:
 
 
 TO_MMU: Final = Direction(
-    "to the MMU service", messages.VcpuMessage, soft_limit=128 * KIB, hard_limit=1 * MIB
+    "to the MMU service", messages.VcpuMessage, soft_limit=256 * KIB, hard_limit=1 * MIB
 )
-"""From vCPUs, host agents and probes. The largest legal message is a WritePhys of 4,096 words: 77 kB."""
+"""From vCPUs, host agents and probes. The largest have a program's state: 192 kB and something."""
 FROM_MMU: Final = Direction(
     "from the MMU service", messages.MmuMessage, soft_limit=8 * MIB, hard_limit=16 * MIB
 )

@@ -23,7 +23,8 @@ from msgspec import inspect
 
 from shadowmmu.protocol import messages as m
 from shadowmmu.protocol.asyncapi import SCHEMA_FILE, Example, asyncapi_document
-from shadowmmu.protocol.codec import DIRECTIONS, VERSION_FRAME
+from shadowmmu.protocol.codec import DIRECTIONS, FROM_MMU, TO_MMU, VERSION_FRAME
+from shadowmmu.protocol.continuity import KEPT, kind_counts
 from shadowmmu.protocol.errors import REGISTRY, Effect
 from shadowmmu.protocol.events import AccessFlag
 from shadowmmu.protocol.fields import note
@@ -74,6 +75,8 @@ def _limits() -> str:
             ("Host requests of an agent under way", str(HOST_CREDITS)),
             ("Event batches that the coordinator has not taken in yet", str(EVENT_CREDITS)),
             ("Heartbeat intervals of silence after which a peer is given up", str(MISSED_LIMIT)),
+            ("Messages that count that an end keeps, to repeat them", str(KEPT)),
+            ("Steps of a trail", str(m.TRAIL_LIMIT)),
         ],
     )
     return f"{sizes}\n\n{counts}"
@@ -116,7 +119,7 @@ def _type(info: inspect.Type) -> str:
                 f", {info.min_length or 0} to {info.max_length} characters" if info.max_length else ""
             )
         case inspect.BytesType():
-            return "bin"
+            return f"bin, up to {_size(info.max_length)}" if info.max_length else "bin"
         case inspect.BoolType():
             return "bool"
         case inspect.NoneType():
@@ -170,6 +173,8 @@ def _default(field: inspect.Field) -> str:
     value = field.default
     if value is msgspec.NODEFAULT:
         return "required"
+    if value == b"":
+        return "empty"
     return f"`{json.dumps(msgspec.to_builtins(value))}`"
 
 
@@ -180,6 +185,8 @@ def _struct(kind: type, level: str) -> str:
     text = _doc(kind)
     if info.tag is not None:
         text = f'`"{info.tag_field}": "{info.tag}"`. {text}'
+    if info.array_like:
+        text = f"An array of these {len(info.fields)}, in this order. {text}"
     rows = [
         (f"`{field.encode_name}`", _type(field.type), _default(field), note(kind.__name__, field.name))
         for field in info.fields
@@ -269,6 +276,20 @@ def _order() -> str:
     return "\n\n".join(parts)
 
 
+# --- counting -----------------------------------------------------------------------------------------------------
+
+
+def _counting() -> str:
+    rows = []
+    for direction in (TO_MMU, FROM_MMU):
+        both = [
+            [kind.__name__ for kind in MESSAGES[direction] if kind_counts(kind) is wanted]
+            for wanted in (True, False)
+        ]
+        rows.append((direction.name, *(", ".join(names) for names in both)))
+    return _table(["Direction", "Count", "Do not count"], rows)
+
+
 # --- errors -------------------------------------------------------------------------------------------------------
 
 
@@ -302,6 +323,7 @@ SECTIONS: Final[dict[str, Callable[[], str]]] = {
     "access-flags": _access_flags,
     "messages": _messages,
     "order": _order,
+    "counting": _counting,
     "errors": _errors,
     "bytes": worked_example,
     "example": _example,

@@ -67,6 +67,9 @@ class ErrorCode(enum.StrEnum):
     FINISHED = "finished"
     RUN_FINISHED = "run-finished"
     SHUTDOWN = "shutdown"
+    NOT_RESUMABLE = "not-resumable"
+    FORBIDDEN = "forbidden"
+    FLOODING = "flooding"
     INTERNAL = "internal"
 
 
@@ -132,7 +135,7 @@ def _registry() -> dict[ErrorCode, ErrorInfo]:
          "The message belongs to an incarnation that has ended, or is another one's.",
          "Forget the incarnation; attach anew with an empty TLB."),
         (code.DUPLICATE, session, none, False,
-         "A message with this number was accepted before; this copy changed nothing.",
+         "Version 1.0 only (since 1.1 a repeated message is answered again): its number was accepted before.",
          "Nothing, if it was sent again on purpose; else count the numbers from 1 upwards."),
         (code.SEQUENCE_GAP, session, none, True,
          "A message before this one is missing.",
@@ -191,6 +194,15 @@ def _registry() -> dict[ErrorCode, ErrorInfo]:
         (code.SHUTDOWN, end, done, True,
          "The virtual machine has shut down this vCPU: a triple fault.",
          "End. The guest's root table is in no memory slot."),
+        (code.NOT_RESUMABLE, session, none, False,
+         "There is nothing to go on with: a wrong token, or more was lost than is kept.",
+         "Attach anew: with the vCPU's token to go on with its program, without for a new one."),
+        (code.FORBIDDEN, session, none, False,
+         "The key of this connection is not allowed to do that.",
+         "Use a key of the right role."),
+        (code.FLOODING, session, none, True,
+         "The peer sends more than its share of what is refused or without effect.",
+         "Mend the client; attach anew."),
         (code.INTERNAL, end, unknown, True,
          "The service has failed; its log says how.",
          "Report it with the journal. What was not answered may have taken effect."),

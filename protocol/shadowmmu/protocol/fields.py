@@ -59,6 +59,21 @@ NOTES: Final[Mapping[str, str]] = {
     "mmio": "The access went to a device.",
     "processor": "The physical processor: its TLB is used. Translations stay there when the vCPU moves.",
     "Applied.logs": "How many more Log messages have been applied.",
+    # Programs that go on.
+    "state": (
+        "What the program has to know to go on behind this message on another worker: bytes of the client's own, "
+        "which the service does not look into. Null: it is not said this time."
+    ),
+    "resume": (
+        "How far the program got before: only in the first entry of an incarnation that was attached with a token. "
+        "Null: the program begins anew."
+    ),
+    "Resumption.state": "The last `state` that took effect, as it was sent. Null: the program's beginning.",
+    "trail": "What the vCPU was told since, in order.",
+    "TrailStep.accesses": "How many accesses of logs were applied since the step before (or since the state).",
+    "asked": "What `answer` answers: a message, or the reason of an exit.",
+    "answer": "What the vCPU was told. An Entered in here has no `resume`.",
+    "Resumption.accesses": "How many accesses of logs were applied after the last step of the trail.",
     # Sessions.
     "role": "What the sender is.",
     "name": "Who the sender is, for people to read.",
@@ -66,9 +81,22 @@ NOTES: Final[Mapping[str, str]] = {
     "Attach.vcpu": "The vCPU to attach as; null: the service chooses the lowest that is free. Null for other roles.",
     "Attached.vcpu": "The vCPU that the sender is now; null for host agents and probes.",
     "Ready.vcpu": "The vCPU that the MMU service made of the member; null for others.",
+    "Joined.vcpu": "The vCPU whose place the member takes; null: it asks the MMU service for any.",
+    "resumable": "The sender knows Resume; it gets a token.",
+    "token": "Random bytes that show who may go on with this incarnation, or membership. Empty: none.",
+    "Attach.token": (
+        "The token of an earlier incarnation of `vcpu`, whose program goes on; that one is replaced if it is still "
+        "attached. Empty: a new program."
+    ),
+    "Resume.token": "The token of Attached of this incarnation.",
+    "Join.token": "The token of the last Joined, of who joins again. Empty: a new member.",
+    "Ready.token": "The token of the Attached that gave `vcpu`; empty if there is none.",
+    "vcpu_token": "The token with which the place of `vcpu` is taken. Empty: none.",
+    "received": "How many messages that count the sender has taken in since the incarnation began.",
     "incarnation": "Number of this incarnation, which every envelope carries from now on; from 1, never used again.",
     "vpid": "Whether TLB entries are tagged by VPID; if not, every entry and exit empties the TLB.",
     "heartbeat": "Seconds between heartbeats, in both directions.",
+    "Attach.heartbeat": "Seconds between heartbeats that the sender wishes for. Null: as the service likes.",
     "pfec_mask": "Which bits of a page fault's error code decide whether it exits (VMX: PFEC_MASK).",
     "pfec_match": "What these bits are in a page fault that exits (VMX: PFEC_MATCH).",
     "code": "A code of the error registry.",
@@ -78,6 +106,7 @@ NOTES: Final[Mapping[str, str]] = {
     "seq": "Sequence number of the message refused; 0 if it could not be read that far.",
     # Host operations.
     "request": "Number of the request, counted from 1 in each incarnation.",
+    "ErrorReply.request": "Number of the host request that was not possible; 0: it is about no request, or not said.",
     "operation": "The operation: a map with a tag of its own.",
     "paced": (
         "Start it when the guest has come far enough for the run's `host_rate`; a request that is not paced starts "
@@ -105,6 +134,9 @@ NOTES: Final[Mapping[str, str]] = {
     # Runs.
     "endpoint": "ZeroMQ address (tcp://HOST:PORT) at which workers reach the sender; the MMU service only, else empty.",
     "member": "Number of the member, from 1; serves as the incarnation in this conversation's envelopes.",
+    "run": "Which run it is, of all that there ever are: random bytes. Empty: it is not said.",
+    "Join.member": "The member that joins again; 0: a new one.",
+    "next_event": "Number of the event with which the MMU service's next batch begins, counted from 0.",
     "config": "The run's configuration.",
     "mmu_endpoint": "ZeroMQ address of the MMU service; empty in the welcome of the MMU service itself.",
     "vcpus": "How many vCPUs take part: those numbered from 0 to one less.",

@@ -191,17 +191,25 @@ def _commit_host_reply(ledger: Ledger, body: m.HostReply, _seq: int) -> None:
     del ledger.requests[body.request]
 
 
+def _refused_request(ledger: Ledger, body: m.ErrorReply) -> int | None:
+    """The request that an error is about: by its own number or (version 1.0) by its message's."""
+    if body.request:
+        return body.request if body.request in ledger.requests else None
+    return next((request for request, seq in ledger.requests.items() if seq == body.seq), None)
+
+
 def _guard_error(ledger: Ledger, body: m.ErrorReply, _sending: bool) -> bool:
-    if ledger.incarnation and body.seq not in ledger.requests.values():
-        raise Refused(ErrorCode.UNKNOWN_REQUEST, f"no request with number {body.seq} is under way")
+    if ledger.incarnation and _refused_request(ledger, body) is None:
+        raise Refused(
+            ErrorCode.UNKNOWN_REQUEST, f"no request with number {body.request or body.seq} is under way"
+        )
     return False
 
 
 def _commit_error(ledger: Ledger, body: m.ErrorReply, _seq: int) -> None:
-    for request, seq in ledger.requests.items():
-        if seq == body.seq:
-            del ledger.requests[request]
-            break
+    request = _refused_request(ledger, body)
+    if request is not None:
+        del ledger.requests[request]
 
 
 # --- the event stream ---------------------------------------------------------------------------------------------

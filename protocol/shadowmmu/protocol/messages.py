@@ -28,6 +28,10 @@ VcpuId: TypeAlias = Annotated[int, Meta(ge=0, le=255)]
 Processor: TypeAlias = Annotated[int, Meta(ge=0, le=255)]
 Seconds: TypeAlias = Annotated[float, Meta(gt=0)]
 PendingVector: TypeAlias = Annotated[int, Meta(ge=32, le=255)]
+Token: TypeAlias = Annotated[bytes, Meta(max_length=64)]
+STATE_LIMIT = 192 * 1024
+"""Most bytes of a program's state."""
+ProgramState: TypeAlias = Annotated[bytes, Meta(max_length=STATE_LIMIT)]
 
 LOG_LIMIT = 64
 """Most accesses in one Log message."""
@@ -35,6 +39,8 @@ LOG_SECONDS = 0.005
 """A log is shipped after this long at the latest."""
 LOG_CREDITS = 4
 """Most Log messages of a vCPU that the service has not applied yet."""
+TRAIL_LIMIT = 4096
+"""Most steps of a trail: a vCPU that sends no state for longer cannot be resumed by another worker."""
 
 
 class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="t"):
@@ -152,12 +158,30 @@ class Role(enum.Enum):
     PROBE = "probe"  # asks for health only
 
 
-class Attach(_Message, tag="attach", frozen=True):
-    """First message to the MMU service. `vcpu`: a number to attach as (again), or None: the service gives one."""
+class Attach(_Message, tag="attach", frozen=True, omit_defaults=True):
+    """First message to the MMU service. `vcpu`: a number to attach as (again), or None: the service gives one.
+
+    `resumable`: the peer knows Resume, and wants a token. `token`: the vCPU's of an earlier incarnation; the program
+    goes on where that one got to, and that one is replaced if it still is attached. `heartbeat`: the interval that is
+    wished for.
+    """
 
     role: Role
     name: Name
     vcpu: VcpuId | None = None
+    resumable: bool = False
+    token: Token = b""
+    heartbeat: Seconds | None = None
+
+
+class Resume(_Message, tag="resume", frozen=True):
+    """First message of a new connection that goes on with the envelope's incarnation; its number is 0.
+
+    `token` of that incarnation; `received`: how many messages that count were taken in since its Attached.
+    """
+
+    token: Token
+    received: U64
 
 
 class Enter(_Message, tag="enter", frozen=True):
@@ -184,27 +208,34 @@ class Walk(_Message, tag="walk", frozen=True):
     flags: Annotated[int, Meta(ge=0, le=31)]
 
 
-class Load(_Message, tag="load", frozen=True):
-    """A load whose value the program uses."""
+class Load(_Message, tag="load", frozen=True, omit_defaults=True):
+    """A load whose value the program uses. `state` as in Exit."""
 
     entry: U64
     access: LoggedAccess
+    state: ProgramState | None = None
 
 
-class Locked(_Message, tag="locked", frozen=True):
-    """A locked operation; the access's value is its operand."""
+class Locked(_Message, tag="locked", frozen=True, omit_defaults=True):
+    """A locked operation; the access's value is its operand. `state` as in Exit."""
 
     entry: U64
     access: LoggedAccess
     op: LockedOp
     expected: U64 = 0
+    state: ProgramState | None = None
 
 
-class Exit(_Message, tag="exit", frozen=True):
-    """Guest entry `entry` ended. Everything the vCPU did in it was sent before. Answers a kick of that entry."""
+class Exit(_Message, tag="exit", frozen=True, omit_defaults=True):
+    """Guest entry `entry` ended. Everything the vCPU did in it was sent before. Answers a kick of that entry.
+
+    `state`: now and then, what the program has to know to go on from here on another worker; the service does not
+    look into it.
+    """
 
     entry: U64
     reason: ExitReason
+    state: ProgramState | None = None
 
 
 class Detach(_Message, tag="detach", frozen=True):
@@ -218,7 +249,7 @@ class Attached(_Message, tag="attached", frozen=True, omit_defaults=True):
     """The peer is `vcpu` (None for a host agent), as incarnation `incarnation`.
 
     A page fault exits only if its error code, masked with `pfec_mask`, is `pfec_match`; the guest takes all others
-    without an exit.
+    without an exit. `token`: for Resume, and for an Attach in this one's place; only for peers that asked for it.
     """
 
     vcpu: VcpuId | None
@@ -227,6 +258,16 @@ class Attached(_Message, tag="attached", frozen=True, omit_defaults=True):
     heartbeat: Seconds  # between heartbeats
     pfec_mask: U32 = 0
     pfec_match: U32 = 0
+    token: Token = b""
+
+
+class Resumed(_Message, tag="resumed", frozen=True):
+    """The incarnation goes on: numbers of both directions begin again with 1 (this message's).
+
+    `received`: how many messages that count the service has taken in. Each end repeats what the other lacks.
+    """
+
+    received: U64
 
 
 class InjectedFault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -243,12 +284,52 @@ class Completed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
     mmio: bool = False
 
 
+class Asked(enum.Enum):
+    """What a step of a trail answers: a message, or the reason of an exit."""
+
+    ENTER = "enter"
+    WALK = "walk"
+    LOAD = "load"
+    LOCKED = "locked"
+    PAGE_FAULT = "page_fault"
+    EPT_MISCONFIG = "ept_misconfig"
+    INVLPG = "invlpg"
+    REGISTER_WRITE = "register_write"
+    SEND_IPI = "send_ipi"
+    HALT = "halt"
+    EXTERNAL_INTERRUPT = "external_interrupt"
+
+
+class TrailStep(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    """Something that a vCPU was told: the answer to what it `asked`, after `accesses` applied since the step before.
+
+    Walks that found a translation are no steps. An Entered in a trail has no `resume`.
+    """
+
+    accesses: U64
+    asked: Asked
+    answer: Entered | Loaded | WalkFault
+
+
+class Resumption(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How far the program of a vCPU got, before this incarnation.
+
+    `state`: the last one that took effect (None: the program's beginning), as of sending. `trail`: what the vCPU was
+    told since, in order, the answer to the message with that state first; `accesses` applied after the last step.
+    """
+
+    state: ProgramState | None = None
+    trail: Annotated[list[TrailStep], Meta(max_length=TRAIL_LIMIT)] = []
+    accesses: U64 = 0
+
+
 class Entered(_Message, tag="entered", frozen=True, omit_defaults=True):
     """Guest mode, entry number `entry`.
 
     `flush`: empty the TLB first. `inject`: take this page fault first. `completed`: the instruction of the last exit
     is done (absent: execute it again). `general_protection`: the register write was refused. `interrupts`: vectors
-    to take before the next instruction. `processor`: the physical processor, whose TLB it is that counts.
+    to take before the next instruction. `processor`: the physical processor, whose TLB it is that counts. `resume`: in
+    the first entry of an incarnation that goes on with a program, before all else.
     """
 
     entry: U64
@@ -258,6 +339,7 @@ class Entered(_Message, tag="entered", frozen=True, omit_defaults=True):
     general_protection: bool = False
     interrupts: Annotated[list[PendingVector], Meta(max_length=256)] = []
     processor: Processor = 0
+    resume: Resumption | None = None
 
 
 class Walked(_Message, tag="walked", frozen=True):
@@ -469,12 +551,16 @@ class Heartbeat(_Message, tag="heartbeat", frozen=True):
     """The sender lives."""
 
 
-class ErrorReply(_Message, tag="error", frozen=True):
-    """A message was refused and changed nothing. `code`: of the error registry; `seq`: of the message, 0 if unknown."""
+class ErrorReply(_Message, tag="error", frozen=True, omit_defaults=True):
+    """A message was refused and changed nothing. `code`: of the error registry; `seq`: of the message, 0 if unknown.
+
+    `request`: of the host request that was not possible.
+    """
 
     code: Name
     text: Text
     seq: U64 = 0
+    request: U64 = 0
 
 
 class Ended(_Message, tag="ended", frozen=True):
@@ -575,27 +661,43 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     check: bool = True
 
 
-class Join(_Message, tag="join", frozen=True):
-    """First message to the coordinator. `endpoint`: where the MMU service is to be reached (MMU only)."""
+class Join(_Message, tag="join", frozen=True, omit_defaults=True):
+    """First message to the coordinator. `endpoint`: where the MMU service is to be reached (MMU only).
+
+    `member`, `token`: of a member that joins again, as the same one, after its connection or the coordinator was lost.
+    """
 
     role: Role
     name: Name
     endpoint: Text = ""
+    member: U32 = 0
+    token: Token = b""
 
 
-class Joined(_Message, tag="joined", frozen=True):
-    """Welcome: the run's configuration and where the MMU service is (sent to workers once that is known)."""
+class Joined(_Message, tag="joined", frozen=True, omit_defaults=True):
+    """Welcome: the run's configuration and where the MMU service is (sent to workers once that is known).
+
+    `run`: which run it is, of all runs ever. `token`: for joining again. `vcpu`, `vcpu_token`: the place of a vCPU
+    whose worker was lost; attach as this one, with this token. `next_event`: the number of the event that the MMU
+    service is to send next.
+    """
 
     member: U32
     config: RunConfig
     mmu_endpoint: Text
     heartbeat: Seconds  # between heartbeats
+    run: Token = b""
+    token: Token = b""
+    vcpu: VcpuId | None = None
+    vcpu_token: Token = b""
+    next_event: U64 = 0
 
 
-class Ready(_Message, tag="ready", frozen=True):
-    """The member can start. `vcpu`: the number that the MMU service gave it."""
+class Ready(_Message, tag="ready", frozen=True, omit_defaults=True):
+    """The member can start. `vcpu`: the number that the MMU service gave it; `token`: the one of its Attached."""
 
     vcpu: VcpuId | None = None
+    token: Token = b""
 
 
 class Start(_Message, tag="start", frozen=True):
@@ -665,11 +767,14 @@ class Finished(_Message, tag="finished", frozen=True):
     text: Text = ""
 
 
-VcpuMessage: TypeAlias = Attach | Enter | Log | Walk | Load | Locked | Exit | Detach | Heartbeat | HostRequest
+VcpuMessage: TypeAlias = (
+    Attach | Resume | Enter | Log | Walk | Load | Locked | Exit | Detach | Heartbeat | HostRequest
+)
 """What a vCPU or a host agent sends to the MMU service."""
 
 MmuMessage: TypeAlias = (
     Attached
+    | Resumed
     | Entered
     | Walked
     | WalkFault

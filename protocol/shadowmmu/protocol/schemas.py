@@ -69,8 +69,9 @@ def inner_structs(kinds: Iterable[type]) -> list[type]:
     def visit(info: inspect.Type) -> None:
         match info:
             case inspect.StructType():
-                if info.cls not in found and info.cls not in top:
-                    found[info.cls] = None
+                if info.cls in found or info.cls in top:
+                    return  # a message may contain itself; those of `top` are visited by themselves
+                found[info.cls] = None
                 for field in info.fields:
                     visit(field.type)
             case inspect.UnionType():
@@ -84,7 +85,10 @@ def inner_structs(kinds: Iterable[type]) -> list[type]:
                 pass
 
     for kind in top:
-        visit(inspect.type_info(kind))
+        info = inspect.type_info(kind)
+        assert isinstance(info, inspect.StructType)
+        for field in info.fields:
+            visit(field.type)
     return list(found)
 
 
@@ -147,7 +151,8 @@ def _complete(schema: Any) -> Any:
         return {"$ref": DEFINITION.format(name="LoggedAccess")}
     match schema:
         case {"contentEncoding": "base64"}:
-            return {"$ref": DEFINITION.format(name="Bin")}
+            default = {"default": {"$bin": ""}} if "default" in schema else {}
+            return {"$ref": DEFINITION.format(name="Bin")} | default
         case {"enum": [only]}:
             return {"const": only}
         case {"type": "integer"}:
@@ -166,6 +171,19 @@ def _describe(kind: type, schema: Schema) -> None:
     schema["description"] = " ".join((kind.__doc__ or "").split())
     info = inspect.type_info(kind)
     assert isinstance(info, inspect.StructType)
-    for field in info.fields:
-        described = schema["properties"][field.encode_name]
-        described["description"] = note(kind.__name__, field.name)
+    for number, field in enumerate(info.fields):
+        text = note(kind.__name__, field.name)
+        if info.array_like:
+            schema["prefixItems"][number] |= {"title": field.encode_name, "description": text}
+        else:
+            described = schema["properties"][field.encode_name]
+            described["description"] = text
+            limit = _byte_limit(field.type)
+            if limit is not None:
+                described["properties"] = {"$bin": {"maxLength": 2 * limit}}
+
+
+def _byte_limit(info: inspect.Type) -> int | None:
+    """The most bytes of a byte string, which may be optional."""
+    parts = info.types if isinstance(info, inspect.UnionType) else (info,)
+    return next((part.max_length for part in parts if isinstance(part, inspect.BytesType)), None)

@@ -175,6 +175,16 @@ _JOIN = (
     _down(m.ErrorReply, S.ATTACHING, to=S.DETACHED),
 )
 
+
+def _resuming(*states: State) -> tuple[Rule, ...]:
+    """On a new connection, in whatever state. A Detach may come again: it does not count."""
+    return (
+        _up(m.Resume, *states),
+        _down(m.Resumed, *states),
+        _up(m.Detach, S.LEAVING, crossing=True, ignored=True),
+    )
+
+
 _VCPU_STATES = (S.OUTSIDE, S.HANDLING, S.IN_GUEST, S.WAITING_WALK, S.WAITING_VALUE, S.LEAVING)
 
 VCPU: Final = Conversation(
@@ -206,6 +216,7 @@ VCPU: Final = Conversation(
         _up(m.Detach, S.OUTSIDE, S.HANDLING, to=S.LEAVING),
         _up(m.Detach, S.IN_GUEST, to=S.LEAVING, crossing=True),
         _down(m.Entered, S.LEAVING, crossing=True, ignored=True),
+        *_resuming(*_VCPU_STATES),
         _up(m.Heartbeat, *_VCPU_STATES),
         _down(m.Heartbeat, *_VCPU_STATES),
         _down(m.Ended, S.ATTACHING, *_VCPU_STATES, to=S.ENDED),
@@ -222,6 +233,7 @@ HOST: Final = Conversation(
         _down(m.HostReply, S.SERVING, S.LEAVING),
         _down(m.ErrorReply, S.SERVING, S.LEAVING),
         _up(m.Detach, S.SERVING, to=S.LEAVING),
+        *_resuming(S.SERVING, S.LEAVING),
         _up(m.Heartbeat, S.SERVING, S.LEAVING),
         _down(m.Heartbeat, S.SERVING, S.LEAVING),
         _down(m.Ended, S.ATTACHING, S.SERVING, S.LEAVING, to=S.ENDED),

@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import structlog
+import typer
 import zmq
 
 from shadowmmu.cli.display import LiveProgress, show_report
@@ -16,12 +18,17 @@ from shadowmmu.cli.logs import logs_to
 from shadowmmu.cli.loop import run_loop
 from shadowmmu.cli.options import LogFormat
 from shadowmmu.cli.usage import bad_value
-from shadowmmu.coordinator import Coordinator, RunReport, RunSettings, write_report
+from shadowmmu.client import Security
+from shadowmmu.coordinator import Coordinator, RunReport, RunSettings
 from shadowmmu.coordinator.embedded import LOG_NAME, stop_on_signals
 from shadowmmu.coordinator.progress import Snapshot
+from shadowmmu.coordinator.report import REPORT_NAME, decode_report
+from shadowmmu.coordinator.run_store import RunStoreError
+from shadowmmu.protocol.messages import Verdict
 
 __all__ = ["coordinate"]
 
+FAILED_STATUS: Final = 2
 LOGGED_PROGRESS_SECONDS: Final = 5.0
 """How often progress goes to the log where nobody sees a progress line."""
 
@@ -42,31 +49,64 @@ class _LoggedProgress:
 
 
 def coordinate(
-    settings: RunSettings, bind: str, out: Path | None, *, as_json: bool, log_format: LogFormat
+    settings: RunSettings,
+    bind: str,
+    out: Path | None,
+    security: Security,
+    *,
+    hold_verdict: float,
+    as_json: bool,
+    log_format: LogFormat,
 ) -> int:
-    """Conducts a run, writes its report to `out`, shows it; returns the exit status."""
+    """Conducts a run, or goes on with the unfinished one in `out`; shows its report, returns the exit status.
+
+    `hold_verdict`: for so many seconds a run that has not passed is followed by no other: its status is returned again.
+    """
+    held = None if out is None else _held_verdict(out, hold_verdict)
+    if held is not None:
+        typer.echo(f"The run in {out} has ended: {held.text}", err=True)
+        return held.exit_status
     with contextlib.ExitStack() as stack:
         if out is None:
             stack.enter_context(logs_to(log_format))
         else:
             try:
                 out.mkdir(parents=True, exist_ok=True)
-                text_log = stack.enter_context((out / LOG_NAME).open("w", encoding="utf-8"))
+                # Appended to: an unfinished run that is there may be gone on with.
+                text_log = stack.enter_context((out / LOG_NAME).open("a", encoding="utf-8"))
             except OSError as error:
                 raise bad_value("--out", f"{out}: {error.strerror}") from error
             stack.enter_context(logs_to(log_format, sys.stderr, text_log))
-        report = run_loop(_coordinate(settings, bind))
-        if out is not None:
-            write_report(report, out)
+        try:
+            report = run_loop(_coordinate(settings, bind, security, out))
+        except RunStoreError as error:
+            raise bad_value("--out", str(error)) from error
+        except OSError as error:
+            typer.echo(f"The run cannot be kept in {out}: {error.strerror or error}", err=True)
+            return FAILED_STATUS
     show_report(report, as_json=as_json)
     return report.exit_status
 
 
-async def _coordinate(settings: RunSettings, bind: str) -> RunReport:
+def _held_verdict(out: Path, seconds: float) -> RunReport | None:
+    """The report of a run that has ended not long ago, and has not passed."""
+    path = out / REPORT_NAME
+    try:
+        if time.time() - path.stat().st_mtime >= seconds:
+            return None
+        report = decode_report(path.read_bytes())
+    except (OSError, msgspec.MsgspecError):
+        return None
+    return None if report.verdict is Verdict.PASS else report
+
+
+async def _coordinate(settings: RunSettings, bind: str, security: Security, folder: Path | None) -> RunReport:
     with contextlib.ExitStack() as stack:
         live = LiveProgress(settings.config.ops) if sys.stderr.isatty() else None
         progress = _LoggedProgress() if live is None else stack.enter_context(live)
-        async with Coordinator(settings, on_progress=progress) as coordinator:
+        async with Coordinator(
+            settings, on_progress=progress, security=security, folder=folder
+        ) as coordinator:
             try:
                 coordinator.bind(bind)
             except zmq.ZMQError as error:

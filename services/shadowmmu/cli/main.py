@@ -12,6 +12,7 @@ from shadowmmu.cli.check import check
 from shadowmmu.cli.explain import explain
 from shadowmmu.cli.explore import explore
 from shadowmmu.cli.hunt import hunt
+from shadowmmu.cli.keys import keys
 from shadowmmu.cli.offline import conform, health, profiles, replay
 from shadowmmu.cli.protocol import protocol_app
 from shadowmmu.cli.serve import serve_app, worker_app
@@ -39,4 +40,5 @@ app.add_typer(worker_app, name="worker")
 app.add_typer(protocol_app, name="protocol")
 app.command()(profiles)
 app.command()(bugs)
+app.command()(keys)
 app.command()(health)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shadowmmu.cli.console import output_console
 from shadowmmu.cli.loop import run_loop
+from shadowmmu.cli.options import InsecureOption, KeysOption
 from shadowmmu.cli.reproduction import replay_file
-from shadowmmu.cli.usage import bad_value
+from shadowmmu.cli.usage import bad_value, check_addresses, check_security
 from shadowmmu.protocol.messages import Role
 from shadowmmu.protocol.states import Service
+
+if TYPE_CHECKING:
+    from shadowmmu.client import Security
 
 __all__ = ["conform", "health", "profiles", "replay"]
 
@@ -57,6 +61,8 @@ def replay(
         typer.echo(f"The journal cannot be used: {error}", err=True)
         raise typer.Exit(UNUSABLE_STATUS) from error
     typer.echo(f"records          {result.records}")
+    if result.torn:
+        typer.echo(f"torn tail        {result.torn} bytes of an unfinished frame: the writer was killed")
     typer.echo(f"events digest    {result.digest}")
     if until is None or result.recorded_digest is not None:
         typer.echo(f"recorded digest  {result.recorded_digest or 'none: the journal has no end'}")
@@ -119,30 +125,41 @@ def health(
         Service | None, typer.Option("--service", help="Which service is there. Without: either.")
     ] = None,
     timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Longest wait, in seconds.")] = 3.0,
+    keys: KeysOption = None,
+    insecure: InsecureOption = False,
 ) -> None:
-    """Ask a coordinator or an MMU service whether it is well; exit status 0 if it answers, 2 if not."""
-    from shadowmmu.client import ServiceError
+    """Ask a coordinator or an MMU service whether it is well; exit status 0 if it answers, 2 if not.
 
+    With --keys it uses the observer's key, and --service has to say whose public key the service must have.
+    """
+    from shadowmmu.client import KeyRole, Security, ServiceError
+
+    check_addresses(**{"--connect": connect})
+    if keys is not None and service is None:
+        raise bad_value("--service", "with --keys it has to be said: mmu or coordinator")
+    security = Security(keys, insecure)
+    check_security("--connect", connect, lambda: security.client(KeyRole.OBSERVER, service or Service.MMU))
     try:
-        who = run_loop(_ask(connect, service, timeout))
+        who = run_loop(_ask(connect, service, timeout, security))
     except (ServiceError, TimeoutError, OSError) as error:
         typer.echo(f"{connect} does not answer: {error}", err=True)
         raise typer.Exit(UNUSABLE_STATUS) from error
     typer.echo(f"{connect}: {who} answers")
 
 
-async def _ask(address: str, service: Service | None, timeout: float) -> str:
-    from shadowmmu.client import MemberClient, RequestRefused, probe
+async def _ask(address: str, service: Service | None, timeout: float, security: Security) -> str:
+    from shadowmmu.client import KeyRole, MemberClient, RequestRefused, probe
     from shadowmmu.protocol.errors import ErrorCode
 
     if service is not Service.COORDINATOR:
         try:
-            await probe(address, timeout=timeout)
+            await probe(address, timeout=timeout, security=security.client(KeyRole.OBSERVER, Service.MMU))
         except RequestRefused as error:
             if service is not None or error.code != ErrorCode.UNEXPECTED_MESSAGE.value:
                 raise
         else:
             return "an MMU service"
-    client = await MemberClient.join(address, Role.PROBE, timeout=timeout)
+    observer = security.client(KeyRole.OBSERVER, Service.COORDINATOR)
+    client = await MemberClient.join(address, Role.PROBE, timeout=timeout, security=observer)
     await client.close()
     return "a coordinator"

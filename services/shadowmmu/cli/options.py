@@ -20,6 +20,8 @@ __all__ = [
     "ConnectTo",
     "HostRate",
     "InFolder",
+    "InsecureOption",
+    "KeysOption",
     "LogFormat",
     "LogFormatOption",
     "MemoryModelOption",
@@ -170,6 +172,28 @@ MmuPages = Annotated[
 
 ConnectTo = Annotated[
     str, typer.Option("--coordinator", help="The coordinator's address, as tcp://HOST:PORT.", metavar="ADDR")
+]
+_SECURITY = "Security"
+
+KeysOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--keys",
+        envvar="SHADOWMMU_KEYS",
+        help="Folder of keys, as 'shadowmmu keys' makes it. With keys every connection is encrypted and authorised.",
+        metavar="DIR",
+        file_okay=False,
+        rich_help_panel=_SECURITY,
+    ),
+]
+InsecureOption = Annotated[
+    bool,
+    typer.Option(
+        "--insecure",
+        envvar="SHADOWMMU_INSECURE",
+        help="Without keys, leave this machine all the same: anybody may listen and take part.",
+        rich_help_panel=_SECURITY,
+    ),
 ]
 LogFormatOption = Annotated[
     LogFormat, typer.Option("--log-format", help="Log lines for people, or as JSON objects.")

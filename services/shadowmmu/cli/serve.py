@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
@@ -15,6 +16,8 @@ from shadowmmu.cli.options import (
     ConnectTo,
     HostRate,
     InFolder,
+    InsecureOption,
+    KeysOption,
     LogFormat,
     LogFormatOption,
     MemoryModelOption,
@@ -31,8 +34,12 @@ from shadowmmu.cli.options import (
     WorkloadOption,
     make_config,
 )
-from shadowmmu.cli.usage import check_addresses
+from shadowmmu.cli.usage import check_addresses, check_security, fsync_policy
 from shadowmmu.protocol.messages import Audit, RunConfig
+from shadowmmu.protocol.states import COORDINATOR, MMU
+
+if TYPE_CHECKING:
+    from shadowmmu.client import KeyRole, Security
 
 __all__ = ["serve_app", "worker_app"]
 
@@ -90,11 +97,29 @@ def serve_mmu(
     park_rate: ParkRate = _DEFAULTS.park_rate,
     memory_pages: MemoryPages = _DEFAULTS.memory_pages,
     mmu_pages: MmuPages = _DEFAULTS.mmu_pages,
+    fsync: Annotated[
+        str,
+        typer.Option(
+            "--fsync",
+            metavar="WHEN",
+            help="When the disk has to have the journal: never, turn (before any answer), or every so many seconds.",
+        ),
+    ] = "never",
+    recover: Annotated[
+        bool,
+        typer.Option(
+            "--recover",
+            help="Go on with an unfinished journal in --out (without a coordinator; in a run always).",
+        ),
+    ] = False,
     linger: Linger = 0.0,
+    keys: KeysOption = None,
+    insecure: InsecureOption = False,
     log_format: LogFormatOption = LogFormat.CONSOLE,
 ) -> None:
     """The MMU service. In a run (--coordinator) the coordinator says what is run; alone, the options do."""
     from shadowmmu.cli.logs import set_up_logs
+    from shadowmmu.client import KeyRole, Security
     from shadowmmu.mmu import MmuOptions, serve
 
     config = None
@@ -116,6 +141,10 @@ def serve_mmu(
             mmu_pages=mmu_pages,
         )
     check_addresses(**{"--bind": bind, "--coordinator": coordinator, "--advertise": advertise})
+    security = Security(keys, insecure)
+    check_security("--bind", bind, lambda: security.server(MMU))
+    if coordinator is not None:
+        check_security("--coordinator", coordinator, lambda: security.client(KeyRole.MMU, COORDINATOR))
     set_up_logs(log_format)
     options = MmuOptions(
         bind=bind,
@@ -125,6 +154,9 @@ def serve_mmu(
         vcpus=vcpus,
         out=out,
         linger_seconds=linger,
+        security=security,
+        fsync=fsync_policy("--fsync", fsync),
+        recover=recover,
     )
     raise typer.Exit(run_loop(serve(options)))
 
@@ -169,14 +201,29 @@ def serve_coordinator(
         float, typer.Option("--stable-seconds", min=0.1, help="How long their number must be stable.")
     ] = 3.0,
     out: InFolder = None,
+    hold_verdict: Annotated[
+        float,
+        typer.Option(
+            "--hold-verdict",
+            min=0.0,
+            envvar="SHADOWMMU_HOLD_VERDICT",
+            help="So many seconds after a run in --out that has not passed, end with its status again instead of "
+            "beginning another: for a restart policy, which takes verdicts for crashes.",
+        ),
+    ] = 0.0,
     json: Annotated[bool, typer.Option("--json", help="The report as JSON instead of tables.")] = False,
+    keys: KeysOption = None,
+    insecure: InsecureOption = False,
     log_format: LogFormatOption = LogFormat.CONSOLE,
 ) -> None:
     """The coordinator of one run; exit status 0 pass, 1 violated, 2 unknown. The others join it."""
     from shadowmmu.cli.coordinate import coordinate
+    from shadowmmu.client import Security
     from shadowmmu.coordinator import RunSettings
 
     check_addresses(**{"--bind": bind})
+    security = Security(keys, insecure)
+    check_security("--bind", bind, lambda: security.server(COORDINATOR))
     config = make_config(
         vcpus,
         workload=workload,
@@ -199,23 +246,30 @@ def serve_coordinator(
     settings = RunSettings(
         config=config, vcpus=vcpus, hosts=hosts, wait_seconds=wait_seconds, stable_seconds=stable_seconds
     )
-    raise typer.Exit(coordinate(settings, bind, out, as_json=json, log_format=log_format))
+    status = coordinate(
+        settings, bind, out, security, hold_verdict=hold_verdict, as_json=json, log_format=log_format
+    )
+    raise typer.Exit(status)
 
 
 @worker_app.command("vcpu")
 def worker_vcpu(
+    *,
     coordinator: ConnectTo,
     name: Name = None,
     linger: Linger = 0.0,
+    keys: KeysOption = None,
+    insecure: InsecureOption = False,
     log_format: LogFormatOption = LogFormat.CONSOLE,
 ) -> None:
     """A virtual processor: joins a run, executes its share of the instructions."""
     from shadowmmu.cli.logs import set_up_logs
+    from shadowmmu.client import KeyRole
     from shadowmmu.vcpu import WorkerOptions, run_worker
 
-    check_addresses(**{"--coordinator": coordinator})
+    security = _worker_security(coordinator, KeyRole.VCPU, keys, insecure=insecure)
     set_up_logs(log_format)
-    options = WorkerOptions(coordinator=coordinator, linger_seconds=linger)
+    options = WorkerOptions(coordinator=coordinator, linger_seconds=linger, security=security)
     if name is not None:
         options = msgspec.structs.replace(options, name=name)
     raise typer.Exit(run_loop(run_worker(options)))
@@ -223,18 +277,33 @@ def worker_vcpu(
 
 @worker_app.command("host")
 def worker_host(
+    *,
     coordinator: ConnectTo,
     name: Name = None,
     linger: Linger = 0.0,
+    keys: KeysOption = None,
+    insecure: InsecureOption = False,
     log_format: LogFormatOption = LogFormat.CONSOLE,
 ) -> None:
     """A host agent: reclaims and moves pages, reads dirty logs, squeezes the number of shadow pages."""
     from shadowmmu.cli.logs import set_up_logs
+    from shadowmmu.client import KeyRole
     from shadowmmu.hostagent import AgentOptions, run_agent
 
-    check_addresses(**{"--coordinator": coordinator})
+    security = _worker_security(coordinator, KeyRole.HOST, keys, insecure=insecure)
     set_up_logs(log_format)
-    options = AgentOptions(coordinator=coordinator, linger_seconds=linger)
+    options = AgentOptions(coordinator=coordinator, linger_seconds=linger, security=security)
     if name is not None:
         options = msgspec.structs.replace(options, name=name)
     raise typer.Exit(run_loop(run_agent(options)))
+
+
+def _worker_security(address: str, role: KeyRole, keys: Path | None, *, insecure: bool) -> Security:
+    """What a worker was told about keys, if it has what it needs."""
+    from shadowmmu.client import Security
+
+    check_addresses(**{"--coordinator": address})
+    security = Security(keys, insecure)
+    check_security("--coordinator", address, lambda: security.client(role, COORDINATOR))
+    check_security("--coordinator", None, lambda: security.client(role, MMU))
+    return security

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +21,7 @@ from shadowmmu.cli.options import (
     Check,
     HostRate,
     InFolder,
+    KeysOption,
     LogFormat,
     LogFormatOption,
     MemoryModelOption,
@@ -37,13 +38,18 @@ from shadowmmu.cli.options import (
     WorkloadOption,
     make_config,
 )
-from shadowmmu.cli.usage import make_folder
+from shadowmmu.cli.usage import bad_value, check_security, make_folder
 from shadowmmu.protocol.messages import Audit, RunConfig, Verdict
+from shadowmmu.protocol.states import Service
+
+if TYPE_CHECKING:
+    from shadowmmu.cli.chaos import ChaosReport
 
 __all__ = ["stress"]
 
 _DEFAULTS = RunConfig()
 VIOLATED_STATUS = 1
+UNKNOWN_STATUS = 2
 
 
 def stress(
@@ -81,13 +87,27 @@ def stress(
     wait_seconds: Annotated[
         float, typer.Option("--wait-seconds", min=0.1, help="Longest wait for the processes to be ready.")
     ] = 60.0,
+    restart: Annotated[
+        bool, typer.Option("--restart/--no-restart", help="Start processes again that die or hang.")
+    ] = True,
+    chaos: Annotated[
+        int | None,
+        typer.Option("--chaos", min=0, metavar="SEED", help="Kill, stop and cut off processes at random."),
+    ] = None,
+    chaos_rate: Annotated[
+        int, typer.Option("--chaos-rate", min=0, max=1000, help="Faults in the run, with --chaos.")
+    ] = 5,
+    keys: KeysOption = None,
     log_format: LogFormatOption = LogFormat.CONSOLE,
 ) -> None:
     """Run guests against the MMU until --ops instructions are executed; exit status 0 pass, 1 violated, 2 unknown.
 
     Every vCPU is a process of its own, on loopback. Without --out, report, journal and log go to a temporary folder
-    that is kept only if the run did not pass.
+    that is kept only if the run did not pass. With --chaos a run also has to prove that nothing was lost or executed
+    twice.
     """
+    if chaos is not None and (in_process or not restart):
+        raise bad_value("--chaos", "faults need processes, and their restarts")
     config = make_config(
         vcpus,
         workload=workload,
@@ -107,6 +127,10 @@ def stress(
         memory_pages=memory_pages,
         mmu_pages=mmu_pages,
     )
+    if not in_process:
+        from shadowmmu.client import Security
+
+        check_security("--keys", None, lambda: Security(keys).server(Service.COORDINATOR))
     with _run_folder(out) as folder:
         status = _stress(
             config,
@@ -115,6 +139,9 @@ def stress(
             in_process=in_process,
             as_json=json,
             wait_seconds=wait_seconds,
+            restart=restart,
+            chaos=None if chaos is None else (chaos, chaos_rate),
+            keys=keys,
             log_format=log_format,
         )
         # A defect that was put in on purpose is in no scenario, so there is nothing to be looked for.
@@ -166,16 +193,21 @@ def _stress(
     in_process: bool,
     as_json: bool,
     wait_seconds: float,
+    restart: bool,
+    chaos: tuple[int, int] | None,
+    keys: Path | None,
     log_format: LogFormat,
 ) -> int:
     from shadowmmu.cli.display import LiveProgress, show_report
     from shadowmmu.cli.logs import logs_to
     from shadowmmu.cli.loop import run_loop
+    from shadowmmu.client import Security
     from shadowmmu.coordinator import RunReport, RunSettings, write_report
     from shadowmmu.coordinator.embedded import LOG_NAME, run_embedded
     from shadowmmu.coordinator.inprocess import run_in_this_process
 
-    report: RunReport
+    report: RunReport | None
+    chaos_report: ChaosReport | None = None
     log_path = folder.path / LOG_NAME
     log_path.write_bytes(b"")
     # Ours and the children's lines go to one file: both append, so that neither writes over the other.
@@ -185,15 +217,28 @@ def _stress(
         logs_to(log_format, text_log),
         LiveProgress(config.ops) as progress,
     ):
+        settings = RunSettings(
+            config=config,
+            vcpus=vcpus,
+            hosts=1 if config.host_rate > 0.0 else 0,
+            wait_seconds=wait_seconds,
+        )
         if in_process:
             report = run_in_this_process(config, vcpus, folder.path, progress)
-        else:
-            settings = RunSettings(
-                config=config,
-                vcpus=vcpus,
-                hosts=1 if config.host_rate > 0.0 else 0,
-                wait_seconds=wait_seconds,
+        elif chaos is not None:
+            from shadowmmu.cli.chaos import chaos_run
+
+            seed, faults = chaos
+            chaos_report, report = chaos_run(
+                settings,
+                folder.path,
+                children_log,
+                seed=seed,
+                faults=faults,
+                log_format=log_format.value,
+                security=Security(keys),
             )
+        else:
             report = run_loop(
                 run_embedded(
                     settings,
@@ -201,10 +246,20 @@ def _stress(
                     children_log,
                     log_format=log_format.value,
                     on_progress=progress,
+                    security=Security(keys),
+                    restart=restart,
                 )
             )
+    if chaos_report is not None:
+        from shadowmmu.cli.chaos import show_chaos
+
+        show_chaos(chaos_report)
+    if report is None:
+        return UNKNOWN_STATUS
     write_report(report, folder.path)
     show_report(report, as_json=as_json)
     if report.verdict is Verdict.VIOLATED:
         typer.echo(f"'shadowmmu replay {folder.path}' executes the journal again.", err=True)
+    if chaos_report is not None and chaos_report.failures and report.verdict is Verdict.PASS:
+        return UNKNOWN_STATUS
     return report.exit_status

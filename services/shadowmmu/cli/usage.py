@@ -6,16 +6,29 @@ own errors would (2).
 
 from __future__ import annotations
 
+import math
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import typer
 from typer.core import TyperGroup
 
-__all__ = ["USAGE_STATUS", "StrictGroup", "bad_value", "check_addresses", "make_folder"]
+if TYPE_CHECKING:
+    from shadowmmu.client import ClientKeys, Plain, ServerKeys
+    from shadowmmu.mmu.journal_file import FsyncPolicy
+
+__all__ = [
+    "USAGE_STATUS",
+    "StrictGroup",
+    "bad_value",
+    "check_addresses",
+    "check_security",
+    "fsync_policy",
+    "make_folder",
+]
 
 USAGE_STATUS: Final = 64
 """EX_USAGE of sysexits.h."""
@@ -38,6 +51,26 @@ def make_folder(option: str, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise bad_value(option, f"{path}: {error.strerror}") from error
+
+
+def fsync_policy(option: str, text: str) -> FsyncPolicy:
+    """When the disk has to have the journal: never, turn, or a number of seconds. Raises the option's error."""
+    from shadowmmu.mmu.journal_file import FSYNC_EVERY_TURN, FSYNC_NEVER, FsyncPolicy
+
+    match text:
+        case "never":
+            return FSYNC_NEVER
+        case "turn":
+            return FSYNC_EVERY_TURN
+        case _:
+            pass
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.0 < seconds < math.inf:
+        raise bad_value(option, f"{text!r} is not 'never', 'turn' or a number of seconds")
+    return FsyncPolicy(seconds)
 
 
 class StrictGroup(TyperGroup):
@@ -101,3 +134,20 @@ def check_addresses(**addresses: str | None) -> None:
         port = rest.rpartition(":")[2]
         if scheme == "tcp" and not (port == "*" or (port.isdigit() and int(port) < 1 << 16)):
             raise bad_value(option, f"{address!r} has no port; an address is tcp://HOST:PORT")
+
+
+def check_security(
+    option: str, address: str | None, link: Callable[[], ServerKeys | ClientKeys | Plain]
+) -> None:
+    """Reads the keys of a socket, and refuses an address that is too public for one without; before anything begins."""
+    from shadowmmu.client import InsecureAddressError, KeysError, Plain
+
+    try:
+        keys = link()
+    except KeysError as error:
+        raise bad_value("--keys", str(error)) from error
+    if address is not None and isinstance(keys, Plain):
+        try:
+            keys.check(address)
+        except InsecureAddressError as error:
+            raise bad_value(option, str(error)) from error

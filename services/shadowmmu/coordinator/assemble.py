@@ -12,6 +12,7 @@ from shadowmmu.coordinator.report import (
     Durations,
     LostMember,
     MemberReport,
+    RecoveryReport,
     RunReport,
     StreamReport,
     throughput_of,
@@ -47,6 +48,7 @@ def assemble_report(state: RunState, started: str, mode: str) -> RunReport:
         problems=state.problems,
         notes=state.notes + complaints,
         lost=_lost_members(state),
+        recoveries=_recoveries(state),
         stream=StreamReport(
             events=state.events,
             records=told.counters.get("records", 0),
@@ -85,6 +87,23 @@ def _lost_members(state: RunState) -> list[LostMember]:
         )
         for member in state.members
         if member.lost is not None
+    ]
+
+
+def _recoveries(state: RunState) -> list[RecoveryReport]:
+    start = state.began_at if state.started_at is None else state.started_at
+    return [
+        RecoveryReport(
+            member=one.member,
+            role=one.role,
+            name=one.name,
+            vcpu=one.vcpu,
+            reason=one.reason,
+            lost=round(one.lost_at - start, 3),
+            back=None if one.back_at is None else round(one.back_at - start, 3),
+            replaced_by=one.replaced_by,
+        )
+        for one in state.recoveries
     ]
 
 

@@ -34,9 +34,10 @@ log = structlog.get_logger("shadowmmu.processes")
 class Child:
     """A running child process: its name, process and last lines of output."""
 
-    def __init__(self, name: str, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, name: str, process: asyncio.subprocess.Process, *, logged: bool = True) -> None:
         self.name = name
         self.process = process
+        self.logged = logged
         self.last_lines: deque[str] = deque(maxlen=LAST_LINES)
 
     @property
@@ -85,8 +86,8 @@ class Children:
     ) -> None:
         await self.end()
 
-    async def start(self, name: str, command: Sequence[str]) -> Child:
-        """Starts a child. `name` is for people."""
+    async def start(self, name: str, command: Sequence[str], *, logged: bool = True) -> Child:
+        """Starts a child. `name` is for people; `logged`: what it writes goes to the log."""
         process = await asyncio.create_subprocess_exec(
             *command,
             stdin=asyncio.subprocess.DEVNULL,
@@ -95,7 +96,7 @@ class Children:
             start_new_session=True,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
-        child = Child(name, process)
+        child = Child(name, process, logged=logged)
         self.all.append(child)
         self._watchers.append(asyncio.create_task(self._watch(child)))
         log.info("started", process=name, pid=process.pid)
@@ -119,8 +120,9 @@ class Children:
     def _take_lines(self, child: Child, lines: Sequence[bytes]) -> None:
         """Whole lines only go to the log: others write to it, too."""
         if lines:
-            self._log_file.write(b"".join(line + b"\n" for line in lines))
-            self._log_file.flush()
+            if child.logged:
+                self._log_file.write(b"".join(line + b"\n" for line in lines))
+                self._log_file.flush()
             child.note(lines)
 
     async def wait(self, seconds: float) -> bool:
@@ -133,21 +135,21 @@ class Children:
     async def end(self) -> None:
         """Ends those that have not ended: SIGTERM, then SIGKILL. Returns when all are gone."""
         for child in self.all:
-            self._signal(child, signal.SIGTERM)
-            self._signal(child, signal.SIGCONT)  # a stopped process acts on no SIGTERM
+            self.signal(child, signal.SIGTERM)
+            self.signal(child, signal.SIGCONT)  # a stopped process acts on no SIGTERM
         if not await self.wait(TERMINATE_SECONDS):
             for child in self.all:
                 if not child.ended:
                     log.warning("killed", process=child.name, pid=child.process.pid)
-                self._signal(child, signal.SIGKILL)
+                self.signal(child, signal.SIGKILL)
         # A killed process is gone at once; but somebody else might hold the other end of its pipe.
         await self.wait(TERMINATE_SECONDS)
         for watcher in self._watchers:
             watcher.cancel()
         await asyncio.gather(*self._watchers, return_exceptions=True)
 
-    @staticmethod
-    def _signal(child: Child, number: signal.Signals) -> None:
+    def signal(self, child: Child, number: signal.Signals) -> None:
+        """Sends a signal to a child that has not ended."""
         # Not Process.send_signal: it polls first, and takes the exit status away from asyncio's own watcher,
         # which then reports 255 (python/cpython#87744).
         if not child.ended:

@@ -27,6 +27,7 @@ __all__ = [
     "EventReport",
     "LostMember",
     "MemberReport",
+    "RecoveryReport",
     "RunReport",
     "StreamReport",
     "ViolationReport",
@@ -92,6 +93,22 @@ class LostMember(msgspec.Struct, frozen=True):
     reason: str
 
 
+class RecoveryReport(msgspec.Struct, frozen=True):
+    """A member was absent for a time. `lost`, `back`: seconds after the start of the run (negative: before it).
+
+    `back` is None if it did not come back; `replaced_by` names the process that took its place, None if it was itself.
+    """
+
+    member: int
+    role: Role
+    name: str
+    vcpu: int | None
+    reason: str
+    lost: float
+    back: float | None
+    replaced_by: str | None
+
+
 class MemberReport(msgspec.Struct, frozen=True):
     """What one process of the run reported. `reported`: its final word was received (else: the last progress)."""
 
@@ -139,6 +156,7 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     problems: list[str]
     notes: list[str]
     lost: list[LostMember]
+    recoveries: list[RecoveryReport] = []
     stream: StreamReport
     throughput: dict[str, float]
     counters: dict[str, int]

@@ -11,7 +11,18 @@ import msgspec
 from shadowmmu.protocol import messages as m
 from shadowmmu.protocol.errors import ErrorCode
 
-__all__ = ["Output", "Phase", "Refuse", "RunSettings", "Send", "Stage", "StartRule", "Stop", "TakeIn"]
+__all__ = [
+    "Forget",
+    "Output",
+    "Phase",
+    "Refuse",
+    "RunSettings",
+    "Send",
+    "Stage",
+    "StartRule",
+    "Stop",
+    "TakeIn",
+]
 
 
 class Phase(enum.Enum):
@@ -46,7 +57,9 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     `vcpus`: how many to wait for (None: until their number is stable); `hosts`: how many host agents to wait for.
     `stall_seconds`: longest time without any instruction executed. `drain_seconds`: longest wait for the reports of
-    one kind of members; `grace_seconds`: the same once something has gone wrong. `window`: event batches on the way.
+    one kind of members; `grace_seconds`: the same once something has gone wrong. `absent_seconds`: how long a member
+    that is silent or whose connection is gone may take, in a run that has begun, to join again or to be replaced.
+    `window`: event batches on the way.
     """
 
     config: m.RunConfig
@@ -58,6 +71,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True):
     stall_seconds: float = 60.0
     drain_seconds: float = 60.0
     grace_seconds: float = 15.0
+    absent_seconds: float = 30.0
     heartbeat: float = 1.0
     window: int = 16
 
@@ -83,8 +97,14 @@ class TakeIn(msgspec.Struct, frozen=True):
     batch: m.EventBatch
 
 
+class Forget(msgspec.Struct, frozen=True):
+    """The connection is none of a member's any more: nothing will be sent to it."""
+
+    peer: Hashable
+
+
 class Stop(msgspec.Struct, frozen=True):
     """The run is over. Nothing follows."""
 
 
-Output: TypeAlias = Send | Refuse | TakeIn | Stop
+Output: TypeAlias = Send | Refuse | TakeIn | Forget | Stop

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from shadowmmu.coordinator.coverage import Frequency, PointCoverage
 from shadowmmu.coordinator.page_faults import PageFaultReport
-from shadowmmu.coordinator.report import RunReport, ViolationReport
+from shadowmmu.coordinator.report import RecoveryReport, RunReport, ViolationReport
 from shadowmmu.protocol.messages import GuestMode, MemoryModel, Verdict
 
 __all__ = ["render_report"]
@@ -54,7 +54,7 @@ def render_report(report: RunReport) -> RenderableType:
         parts.append(_outcomes_table(report))
     if report.violation is not None:
         parts.append(_violation_panel(report.violation))
-    if report.lost or report.notes:
+    if report.lost or report.notes or report.recoveries:
         parts.append(_notes(report))
     parts.append(_verdict_panel(report))
     return Group(*parts)
@@ -207,8 +207,17 @@ def _violation_panel(violation: ViolationReport) -> Panel:
     )
 
 
+def _recovery(one: RecoveryReport) -> str:
+    vcpu = "" if one.vcpu is None else f", vCPU {one.vcpu}"
+    who = f"member {one.member} ({one.role.value}{vcpu}, {one.name})"
+    if one.back is None:
+        return f"Missed: {who} from {one.lost:.1f} s on: {one.reason}"
+    how = "was replaced" if one.replaced_by is not None else "was back"
+    return f"Missed: {who} from {one.lost:.1f} s; it {how} after {one.back - one.lost:.1f} s: {one.reason}"
+
+
 def _notes(report: RunReport) -> Text:
-    lines = []
+    lines = [_recovery(one) for one in report.recoveries]
     for lost in report.lost:
         when = "before the start" if lost.seconds is None else f"{lost.seconds:.1f} s after the start"
         vcpu = "" if lost.vcpu is None else f", vCPU {lost.vcpu}"

@@ -7,6 +7,7 @@ To add a mode: a context class here, a format in `gpte` or `spte` if its entries
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from shadowmmu.cpu.x86 import (
@@ -65,6 +66,10 @@ class MmuContext:
     direct_map: bool = False
     fmt: GuestFormat | None = None  # None: the guest has no tables in this mode
     supports_nx: bool = True
+
+    def __reduce__(self) -> tuple[Callable[[str], MmuContext], tuple[str]]:
+        """A copy of a machine has the same contexts."""
+        return _context, (self.name,)
 
     def base_role(self, vcpu: Vcpu) -> int:
         """What the roles of all shadow pages have in common that the vCPU makes; EFER.NXE is in it already."""
@@ -227,6 +232,10 @@ TDP: Final[dict[MmuContext, TdpContext]] = {
     guest: TdpContext(guest) for guest in (NONPAGING, PAGING64, PAGING32E, PAGING32)
 }
 """The context of each paging mode with two-dimensional paging."""
+
+
+def _context(name: str) -> MmuContext:
+    return next(context for context in (*TDP, *TDP.values()) if context.name == name)
 
 
 def initial_context() -> MmuContext:

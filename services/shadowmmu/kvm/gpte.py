@@ -6,6 +6,7 @@ Which bits are reserved depends on registers too: `rsvd_bits_mask` computes that
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -45,6 +46,10 @@ class GuestFormat(msgspec.Struct, frozen=True):
     has_pdptes: bool
     large_needs_pse: bool
     has_quadrants: bool  # a guest table covers more than one shadow page does
+
+    def __reduce__(self) -> tuple[Callable[[int], GuestFormat], tuple[int]]:
+        """A copy of a machine has the same formats, which are compared by identity."""
+        return _format, (self.root_level,)
 
 
 FORMAT_64: Final = GuestFormat(
@@ -88,6 +93,10 @@ FORMAT_32: Final = GuestFormat(
     large_needs_pse=True,
     has_quadrants=True,
 )
+
+
+def _format(root_level: int) -> GuestFormat:
+    return next(fmt for fmt in (FORMAT_64, FORMAT_PAE, FORMAT_32) if fmt.root_level == root_level)
 
 
 def bits(first: int, last: int) -> int:

@@ -7,7 +7,7 @@ Each slot has the guest's memory of its range, the reverse maps (which shadow en
 from __future__ import annotations
 
 import enum
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -92,6 +92,16 @@ class KvmMemorySlot:
         self.write_count: tuple[dict[int, int], ...] = ({}, {}, {}, {})
         for level in (2, 3):
             self._forbid_incomplete_blocks(level)
+
+    def __getstate__(self) -> dict[str, object]:
+        """For a copy: `words` and `dwords` are the memory's."""
+        return {name: getattr(self, name) for name in self.__slots__ if name not in {"words", "dwords"}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+        self.words = self.memory.words
+        self.dwords = self.memory.dwords
 
     def _forbid_incomplete_blocks(self, level: int) -> None:
         """A first or last block that the slot does not fill may never be a large page."""

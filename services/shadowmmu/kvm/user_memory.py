@@ -9,11 +9,20 @@ from __future__ import annotations
 
 import sys
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
+from typing import Any, Final
 
 __all__ = ["FrameCopy", "UserMemory"]
 
 if sys.byteorder != "little":  # pragma: no cover
     raise ImportError("shadowmmu keeps guest memory as native words and needs a little-endian host")
+
+
+_ZERO_PAGE: Final = bytes(4096)
+
+
+def _zeros(npages: int) -> memoryview:
+    # Anonymous memory costs nothing until it is touched; a bytearray of 1 GiB would be filled with zeros first.
+    return memoryview(mmap(-1, npages << 12, flags=MAP_PRIVATE | MAP_ANONYMOUS) if npages else b"")
 
 
 class UserMemory:
@@ -33,10 +42,32 @@ class UserMemory:
         self.base_gfn = base_gfn
         self.mapped = True
         self.written: set[int] = set()
-        # Anonymous memory costs nothing until it is touched; a bytearray of 1 GiB would be filled with zeros first.
-        self.data = memoryview(mmap(-1, npages << 12, flags=MAP_PRIVATE | MAP_ANONYMOUS) if npages else b"")
+        self.data = _zeros(npages)
         self.words: memoryview[int] = self.data.cast("Q")
         self.dwords: memoryview[int] = self.data.cast("I")
+
+    def __getstate__(self) -> dict[str, object]:
+        """For a copy: of the contents, the pages that are not all zeros."""
+        data = self.data
+        pages = ((page, bytes(data[page << 12 : page + 1 << 12])) for page in range(len(data) >> 12))
+        return {
+            "base": self.base,
+            "end": self.end,
+            "base_gfn": self.base_gfn,
+            "mapped": self.mapped,
+            "written": self.written,
+            "contents": {page: contents for page, contents in pages if contents != _ZERO_PAGE},
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        contents = state.pop("contents")
+        for name, value in state.items():
+            setattr(self, name, value)
+        self.data = _zeros(self.end - self.base if self.mapped else 0)
+        for page, data in contents.items():
+            self.data[page << 12 : page + 1 << 12] = data
+        self.words = self.data.cast("Q")
+        self.dwords = self.data.cast("I")
 
     def gfn(self, page: int) -> int:
         """The guest frame that a host virtual page is, or was last."""
@@ -79,6 +110,9 @@ class FrameCopy(UserMemory):
         self._memory = memory
         self._offset = page - memory.base << 12
         self.data[:] = memory.data[self._offset : self._offset + 4096]
+
+    def __getstate__(self) -> dict[str, object]:
+        return super().__getstate__() | {"_memory": self._memory, "_offset": self._offset}
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Store to the old frame and to the page."""

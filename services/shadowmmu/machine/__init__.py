@@ -7,6 +7,7 @@
 
     run_in_process(config, 4, journal.write, on_events)   # a whole run, without sockets, repeatable to the digest
     replay(directory, None, on_events)                    # a run again, from its journal
+    Recovery(file, snapshots, on_events)                  # a run that goes on, after its service was killed
 
 Relies on `shadowmmu.kvm` (host operations), `shadowmmu.cpu` (the hardware walk, vCPU cores) and `shadowmmu.protocol`.
 """
@@ -15,17 +16,23 @@ from shadowmmu.machine.event_stream import EventSink
 from shadowmmu.machine.host_program import HostProgram
 from shadowmmu.machine.inprocess import InProcessResult, boot_inputs, run_in_process
 from shadowmmu.machine.journal import (
+    Admission,
     Attached,
+    EmptyJournalError,
     GivenUp,
     Header,
     HostAsked,
+    HostAttached,
+    HostEnded,
     Input,
     JournalError,
+    Note,
     Record,
     VcpuSent,
     read_journal,
 )
-from shadowmmu.machine.machine import HostDone, Machine, Output, ToVcpu
+from shadowmmu.machine.machine import HostDone, HostRefused, Machine, Output, ToVcpu
+from shadowmmu.machine.recovery import Recovery
 from shadowmmu.machine.replay import JOURNAL_NAME, Replayer, ReplayResult, replay, replay_records
 from shadowmmu.machine.runner import Runner
 from shadowmmu.machine.task import Stop, Task
@@ -40,9 +47,14 @@ __all__ = [
     "GivenUp",
     "VcpuSent",
     "HostAsked",
+    "Admission",
+    "Note",
+    "HostAttached",
+    "HostEnded",
     "Output",
     "ToVcpu",
     "HostDone",
+    "HostRefused",
     "Task",
     "Stop",
     "EventSink",
@@ -61,6 +73,8 @@ __all__ = [
     "read_journal",
     "JOURNAL_NAME",
     "JournalError",
+    "EmptyJournalError",
+    "Recovery",
     "Record",
     "Header",
 ]

@@ -30,10 +30,13 @@ class Choices(Protocol):
 
 
 class SeededChoices:
-    """Draws from a generator with a seed and remembers what it drew."""
+    """Draws from a generator with a seed and remembers what it drew. Can be pickled.
 
-    def __init__(self, seed: int) -> None:
-        self._random = random.Random(seed).random
+    `record`: a run that was recovered draws on from there; what is drawn is a function of the seed and that number.
+    """
+
+    def __init__(self, seed: int, record: int = 0) -> None:
+        self._random = random.Random(f"{seed} {record}" if record else seed).random
         self._drawn: list[int] = []
 
     def below(self, bound: int) -> int:
@@ -72,6 +75,10 @@ class RecordedChoices:
             )
         self._recorded = recorded
         self._next = 0
+
+    def finish(self) -> None:
+        """No more come; those of the last record must be used up too."""
+        self.load(())
 
     def _take(self) -> int:
         if self._next >= len(self._recorded):

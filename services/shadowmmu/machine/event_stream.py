@@ -1,16 +1,16 @@
 """The event stream as it leaves the machine: counted, digested, handed on in pieces.
 
-`emit` is on the hottest path of the program and does no more than append; `flush` encodes what has gathered, adds it
-to the digest and hands it to the listeners.
+`emit` is on the hottest path of the program and does no more than append; `gather` encodes what has come and adds it to
+the digest, `flush` hands it to the listeners too. In between a journal can be written.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
 from shadowmmu.protocol.events import Event, encode_events
+from shadowmmu.protocol.stream_digest import StreamDigest
 
 __all__ = ["EventListener", "EventSink", "EventStream"]
 
@@ -25,33 +25,43 @@ class EventSink(Protocol):
 
 
 class EventStream:
-    """Gathers events; numbers count from 0."""
+    """Gathers events; numbers count from 0.
 
-    def __init__(self, *listeners: EventListener) -> None:
+    `count` and `digest` are how many there were before, and their digest: a stream that goes on.
+    """
+
+    def __init__(self, *listeners: EventListener, count: int = 0, digest: StreamDigest | None = None) -> None:
         self._pending: list[Event] = []
+        self._unheard: list[tuple[int, list[Event], bytes]] = []
         self._listeners = listeners
-        self._digest = hashlib.blake2b(digest_size=16)
-        self.count = 0
+        self._digest = digest or StreamDigest()
+        self.count = count
         self.emit: Callable[[Event], None] = self._pending.append
 
-    @property
-    def pending(self) -> int:
-        """Events emitted and not flushed."""
-        return len(self._pending)
-
-    def flush(self) -> None:
-        """Digests the gathered events and passes them to the listeners."""
+    def gather(self) -> None:
+        """Numbers and digests what was emitted, and tells nobody yet."""
         if not self._pending:
             return
         events = self._pending.copy()
         self._pending.clear()
         data = encode_events(events)
         self._digest.update(data)
-        first = self.count
+        self._unheard.append((self.count, events, data))
         self.count += len(events)
-        for listener in self._listeners:
-            listener(first, events, data)
+
+    def flush(self) -> None:
+        """Passes what was emitted to the listeners."""
+        self.gather()
+        unheard, self._unheard = self._unheard, []
+        for first, events, data in unheard:
+            for listener in self._listeners:
+                listener(first, events, data)
 
     def digest(self) -> str:
-        """BLAKE2b-128 (hex) of the bytes of all events up to the last flush."""
+        """Of the bytes of all events that `count` counts, in hexadecimal."""
         return self._digest.hexdigest()
+
+    @property
+    def stream_digest(self) -> StreamDigest:
+        """The same, as something that can go on."""
+        return self._digest

@@ -3,6 +3,9 @@
 A lane is the queue of one vCPU's messages and the state of its guest entry. Its steps are the hardware's: some logged
 accesses, a level of a walk, a load or a locked operation, the end of the entry. Between two steps anything else may
 happen; the order within the lane never changes.
+
+An incarnation ends with what it had asked for and was not applied; the program and what is pending for it stay, in the
+lane's trail, for the next incarnation to go on with.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from shadowmmu.cpu import EptMisconfig, PendingWalk, Translation, WalkFault, WalkResult
 from shadowmmu.kvm import VcpuMode
+from shadowmmu.machine.trail import Answer, Trail
 from shadowmmu.protocol import messages
 from shadowmmu.protocol.events import AccessFlag, Bypassed, LockedRead, Walked
 from shadowmmu.protocol.messages import LockedOp, LoggedAccess
@@ -44,6 +48,8 @@ class VcpuLane:
         self.enter_wanted = False  # when that operation, of an incarnation before, has returned
         self.was_entered = False  # in any incarnation
         self.leaving = False  # detached while an exit was being handled
+        self.resuming = False  # the first entry of this incarnation is to say where the program goes on
+        self.trail = Trail()
         self.queue: deque[LaneItem] = deque()
         self.interrupts: set[int] = set()
         self._position = 0  # in the log at the head of the queue
@@ -59,18 +65,27 @@ class VcpuLane:
         """The hardware walk that is under way."""
         return self._walk
 
-    def begin(self, incarnation: int) -> None:
-        """A worker attached, with an empty TLB."""
+    def begin(self, incarnation: int, *, resume: bool = False) -> None:
+        """A worker attached, with an empty TLB. `resume`: it goes on with the program; else that begins anew."""
         self.incarnation = incarnation
         self.entry = 0
         self.halted = self.leaving = self.enter_wanted = False
-        self.interrupts.clear()
+        self.resuming = resume
+        if not resume:
+            self.interrupts.clear()
+            self.trail.begin()
         self._clear()
 
     def end(self) -> None:
-        """The incarnation is over: nothing more of it is applied."""
+        """The incarnation is over: nothing more of it is applied.
+
+        An operation that is under way goes on, and its result is the program's. A HLT that has not ended has done
+        nothing yet: whoever goes on with the program executes it again, and so learns where the program is.
+        """
         self.incarnation = 0
-        self.halted = False
+        self.halted = self.enter_wanted = self.resuming = False
+        if self.task is None:
+            self.trail.withdraw()
         self._clear()
 
     def _clear(self) -> None:
@@ -95,13 +110,21 @@ class VcpuLane:
                 self._advance_walk(item)
             case messages.Load():
                 self.queue.popleft()
-                self._reply(messages.Loaded(self.entry, self._apply_one(item.access)))
+                self.trail.asks(item)
+                self.tell(messages.Loaded(self.entry, self._apply_one(item.access)))
             case messages.Locked():
                 self.queue.popleft()
-                self._reply(messages.Loaded(self.entry, self._apply_locked(item)))
+                self.trail.asks(item)
+                self.tell(messages.Loaded(self.entry, self._apply_locked(item)))
             case messages.Exit():
                 self.queue.popleft()
+                self.trail.asks(item)
                 self._machine.exit_takes_effect(self, item.reason)
+
+    def tell(self, answer: Answer) -> None:
+        """An answer that concerns the program: it has happened, whether or not a worker is there to hear it."""
+        self.trail.told(answer)
+        self._machine.send(self, answer)
 
     def _reply(self, body: messages.MmuMessage) -> None:
         self._machine.send(self, body)
@@ -114,7 +137,8 @@ class VcpuLane:
         items = []
         stores = 0
         locate = self._machine.host.locate
-        for flags, gva, pfn, size, value in accesses[start : start + count]:
+        applied = accesses[start : start + count]
+        for flags, gva, pfn, size, value in applied:
             located = locate(pfn)
             assert located is not None  # `Machine.refusal` has seen to it
             memory, page = located
@@ -127,6 +151,7 @@ class VcpuLane:
                 loaded = memory.read(index << 12 | gva & 0xFFF, size)
                 items.append((flags, gva, index + memory.base_gfn, pfn, size, loaded))
         self._machine.applied(self, items, stores)
+        self.trail.applied(applied)
         if count == left:
             self._position = 0
             self.queue.popleft()
@@ -185,9 +210,13 @@ class VcpuLane:
             case WalkFault():
                 error_code = result.error_code
                 emit(Walked(self.number, self.entry, walk.gva, error_code, -1, 0, walk.flags))
-                if not self._machine.page_fault_filter.exits(error_code):
+                fault = messages.WalkFault(self.entry, walk.walk, error_code)
+                if self._machine.page_fault_filter.exits(error_code):
+                    self._reply(fault)
+                else:
                     emit(Bypassed(self.number, walk.gva, error_code))
-                self._reply(messages.WalkFault(self.entry, walk.walk, error_code))
+                    self.trail.asks(walk)
+                    self.tell(fault)
             case EptMisconfig():
                 emit(Walked(self.number, self.entry, walk.gva, 0, -1, 0, walk.flags))
                 self._reply(messages.WalkFault(self.entry, walk.walk, 0, misconfig=True))

@@ -8,6 +8,9 @@ it stops, or a lane, by one bit.
 What a host operation may be stopped by: mmu_lock held by another, a kick that waits for answers, or being parked at a
 scheduling point for a number of steps, so that other operations, stores and kicks fall in between. A parked operation
 goes on at once when nothing else is ready. At memory points only lanes run.
+
+Operations are generators, which nobody can copy. To come to a moment without any, *admission* is closed: what begins
+an operation or a hardware walk is accepted and waits, as data, until admission is opened again.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from shadowmmu.kvm import (
 from shadowmmu.machine.choices import Choices
 from shadowmmu.machine.coverage import Coverage, WaitPoint
 from shadowmmu.machine.event_stream import EventSink
-from shadowmmu.machine.journal import Attached, GivenUp, HostAsked, Input, VcpuSent
+from shadowmmu.machine.journal import Admission, Attached, GivenUp, HostAsked, Input, VcpuSent
 from shadowmmu.machine.lane import VcpuLane
 from shadowmmu.machine.operations import HostResult, VcpuRun, handle_exit, host_operation
 from shadowmmu.machine.refusals import host_operation_refusal, vcpu_refusal
@@ -45,7 +48,7 @@ from shadowmmu.protocol import events as ev
 from shadowmmu.protocol import messages as m
 from shadowmmu.protocol.errors import ErrorCode
 
-__all__ = ["HostDone", "Machine", "Output", "ToVcpu"]
+__all__ = ["HostDone", "HostRefused", "Machine", "Output", "ToVcpu"]
 
 UNCOVERED_PARK_RATE = 0.9
 """Share of the operations parked at a point at which no other operation, or no store, has fallen yet."""
@@ -83,7 +86,22 @@ class HostDone(msgspec.Struct, frozen=True):
     gfns: list[int]
 
 
-Output: TypeAlias = ToVcpu | HostDone
+class HostRefused(msgspec.Struct, frozen=True):
+    """The arguments of a host operation are not usable: `text` says why. Nothing has happened."""
+
+    ticket: int
+    text: str
+
+
+Output: TypeAlias = ToVcpu | HostDone | HostRefused
+
+
+class _Waiting(msgspec.Struct, frozen=True):
+    """A vCPU's host operation that waits for admission: whose, of which incarnation, and the exit that it handles."""
+
+    vcpu: int
+    incarnation: int
+    reason: m.ExitReason | None
 
 
 class Machine:
@@ -134,6 +152,8 @@ class Machine:
         self._park_rate = config.park_rate
         self._tso = self.kvm.config.memory_model is m.MemoryModel.TSO
         self._paced: deque[HostAsked] = deque()
+        self._admission = True
+        self._waiting: deque[_Waiting] = deque()
         self._host_interval = round(1000 / config.host_rate) if config.host_rate > 0.0 else 0
         self._host_due = self._host_interval
         self._lpages_highest = 0
@@ -148,36 +168,80 @@ class Machine:
             self.counters["tlbs_dirty.cleared"] += event.value
         self.events.emit(event)
 
+    def __getstate__(self) -> dict[str, object]:
+        """Everything but what belongs to the user; `connect` gives a copy its own."""
+        return {name: value for name, value in vars(self).items() if name not in {"choices", "events"}}
+
+    def connect(self, choices: Choices, events: EventSink) -> None:
+        """From now on choices come from, and events go to, others than before."""
+        self.choices = choices
+        self.events = events
+
     # --- inputs --------------------------------------------------------------------------------------------------
 
     def submit(self, item: Input, record: int) -> None:
-        """Consumes an input that the session tables and `refusal` allow; `record` is its number in the journal."""
+        """Consumes an input that the session tables and `refusal` allow; `record` is its number in the journal.
+
+        A host operation whose arguments are not usable is answered by HostRefused.
+        """
         self.events.emit(ev.InputConsumed(record))
         match item:
             case VcpuSent():
                 self._vcpu_sent(self.lanes[item.vcpu], item.body)
-            case HostAsked(operation=m.SetRegisters()):
-                self._set_registers(item)
             case HostAsked():
-                self._paced.append(item)
-                if not item.paced:
-                    self._start_host_operations(len(self._paced))
+                self._host_asked(item)
             case Attached():
                 while len(self.lanes) <= item.vcpu:
                     self.lanes.append(VcpuLane(self, self.kvm.create_vcpu()))
-                self.lanes[item.vcpu].begin(item.incarnation)
+                lane = self.lanes[item.vcpu]
+                lane.begin(item.incarnation, resume=item.resume)
                 self.events.emit(ev.IncarnationStarted(item.vcpu, item.incarnation))
                 self.events.emit(ev.Invalidated(item.vcpu, -1, ev.InvalidationCause.RESET))
+                if item.resume and not lane.trail.resumable:
+                    self._end_not_resumable(lane)
             case GivenUp():
                 self._end_incarnation(self.lanes[item.vcpu], ErrorCode(item.code), item.text)
+            case Admission():
+                self._admit(item.open)
+
+    def _host_asked(self, item: HostAsked) -> None:
+        text = self.host_refusal(item.operation)
+        if text is not None:
+            self.outputs.append(HostRefused(item.ticket, text))
+        elif self._admission and isinstance(item.operation, m.SetRegisters):
+            self._set_registers(item)
+        else:
+            self._paced.append(item)
+            if self._admission and not item.paced:
+                self._start_host_operations(len(self._paced))
 
     def _start_host_operations(self, count: int) -> None:
         """Starts the oldest `count` of the host operations asked for."""
         for _ in range(count):
             item = self._paced.popleft()
-            name = m.tag_of(item.operation)
-            self._start(f"host.{name}", host_operation(self.kvm, item.operation), None, item.ticket)
+            if isinstance(item.operation, m.SetRegisters):
+                self._set_registers(item)
+            else:
+                name = m.tag_of(item.operation)
+                self._begin(f"host.{name}", host_operation(self.kvm, item.operation), ticket=item.ticket)
         self._host_due = self._progress + self._host_interval
+
+    def _admit(self, on: bool) -> None:
+        """Opens or closes admission; who has waited begins, the host's operations first."""
+        self._admission = on
+        if not on:
+            return
+        # The last one that is not paced takes those before it along, as when it was asked for.
+        at_once = [
+            number
+            for number, item in enumerate(self._paced, start=1)
+            if not item.paced or isinstance(item.operation, m.SetRegisters)
+        ]
+        if at_once:
+            self._start_host_operations(at_once[-1])
+        while self._waiting:
+            waiting = self._waiting.popleft()
+            self._begin_vcpu(self.lanes[waiting.vcpu], waiting.reason, waiting.incarnation)
 
     def _set_registers(self, item: HostAsked) -> None:
         """At once: nobody else is concerned with a vCPU that was never entered."""
@@ -204,7 +268,7 @@ class Machine:
         match body:
             case m.Enter():
                 if lane.task is None:
-                    self._start("vcpu.enter", handle_exit(lane.vcpu, None), lane)
+                    self._start(lane, None)
                 else:
                     lane.enter_wanted = True  # an operation of the incarnation before has yet to return
             case m.Detach():
@@ -241,6 +305,9 @@ class Machine:
         self.events.emit(ev.IncarnationEnded(lane.number, incarnation, code.value))
         self._left_guest(lane)
 
+    def _end_not_resumable(self, lane: VcpuLane) -> None:
+        self._end_incarnation(lane, ErrorCode.NOT_RESUMABLE, "the program's state was not sent for too long")
+
     # --- steps ---------------------------------------------------------------------------------------------------
 
     def owns_mmu_lock(self, task: Task) -> bool:
@@ -248,9 +315,19 @@ class Machine:
         return task is self._lock_owner
 
     @property
+    def admission(self) -> bool:
+        """Host operations and hardware walks may begin."""
+        return self._admission
+
+    @property
+    def quiet(self) -> bool:
+        """No host operation and no hardware walk is under way: the state is plain data."""
+        return not self.tasks() and all(lane.pending_walk is None for lane in self.lanes)
+
+    @property
     def idle(self) -> bool:
-        """No host operation is under way and no lane has anything to apply."""
-        return not self.tasks() and not any(lane.runnable for lane in self.lanes)
+        """No host operation is under way or waits for admission, and no lane has anything to apply."""
+        return not (self._waiting or self.tasks() or any(lane.runnable for lane in self.lanes))
 
     @property
     def parked(self) -> bool:
@@ -271,7 +348,7 @@ class Machine:
         self.steps += 1
         if self._parked:
             self._wake(self.steps)
-        if self._paced and self._progress >= self._host_due:
+        if self._paced and self._progress >= self._host_due and self._admission:
             self._start_host_operations(1)
         ready = self.ready()
         # Stores alone are nothing to do: they become visible when somebody goes on.
@@ -288,7 +365,7 @@ class Machine:
 
         The hardware is vCPUs in guest mode and, with memory model tso, the store buffers that come last in the list.
         """
-        ready: list[Task | VcpuLane | StoreBuffer] = [lane for lane in self.lanes if lane.runnable]
+        ready: list[Task | VcpuLane | StoreBuffer] = [*self._ready_lanes()]
         if self._at_memory_point is not None:
             ready.append(self._at_memory_point)
         else:
@@ -298,6 +375,15 @@ class Machine:
         if self._tso:
             ready += self._drainable()
         return ready
+
+    def _ready_lanes(self) -> list[VcpuLane]:
+        """The lanes that can be advanced now: without admission, none that would begin a walk."""
+        lanes = [lane for lane in self.lanes if lane.runnable]
+        if self._admission:
+            return lanes
+        return [
+            lane for lane in lanes if lane.pending_walk is not None or not isinstance(lane.queue[0], m.Walk)
+        ]
 
     def _drainable(self) -> list[StoreBuffer]:
         """The store buffers whose oldest store may become visible now."""
@@ -349,15 +435,32 @@ class Machine:
             and self.coverage.fell(task.vcpu, task.mark) != (True, True)
         )
 
-    def _start(
+    def _start(self, lane: VcpuLane, reason: m.ExitReason | None) -> None:
+        """The vCPU's host operation from an exit (None: before the first entry) to the next entry."""
+        if reason is None:
+            lane.trail.asks(m.Enter())
+        if self._admission:
+            self._begin_vcpu(lane, reason, lane.incarnation)
+        else:
+            lane.task = waiting = _Waiting(lane.number, lane.incarnation, reason)
+            self._waiting.append(waiting)
+
+    def _begin_vcpu(self, lane: VcpuLane, reason: m.ExitReason | None, incarnation: int) -> None:
+        name = "enter" if reason is None else m.tag_of(reason)
+        self._begin(f"vcpu.{name}", handle_exit(lane.vcpu, reason), lane, incarnation)
+
+    def _begin(
         self,
         name: str,
         operation: Operation[VcpuRun] | Operation[HostResult],
-        lane: VcpuLane | None,
+        lane: VcpuLane | None = None,
+        incarnation: int = 0,
+        *,
         ticket: int = 0,
     ) -> None:
         self._tasks += 1
         task = Task(self._tasks, name, operation, lane, ticket)
+        task.incarnation = incarnation
         if lane is not None:
             lane.task = task
         self.events.emit(ev.OperationStarted(task.number, task.vcpu, name))
@@ -511,7 +614,7 @@ class Machine:
     def _run_lanes(self) -> None:
         """Some steps of the hardware (vCPUs in guest mode, store buffers), and of nobody else."""
         for _ in range(1 + self.choices.below(8)):
-            ready: list[VcpuLane | StoreBuffer] = [lane for lane in self.lanes if lane.runnable]
+            ready: list[VcpuLane | StoreBuffer] = [*self._ready_lanes()]
             if self._tso:
                 ready += self._drainable()
             if not ready:
@@ -599,16 +702,14 @@ class Machine:
             else:
                 lane.halted = True
             return
-        self._start(f"vcpu.{name}", handle_exit(lane.vcpu, reason), lane)
+        self._start(lane, reason)
 
     def _interrupt(self, target: VcpuLane, vector: int) -> None:
         """kvm_vcpu_kick: the interrupt is pending, and the target leaves guest mode to take it; nobody waits."""
-        if not target.incarnation:
-            return
         target.interrupts.add(vector)
         if target.halted:
             target.halted = False
-            self._start("vcpu.halt", handle_exit(target.vcpu, m.HaltExit()), target)
+            self._start(target, m.HaltExit())
         elif target.vcpu.mode is VcpuMode.IN_GUEST_MODE:
             target.vcpu.mode = VcpuMode.EXITING_GUEST_MODE
             self._send_kick(target)
@@ -630,7 +731,7 @@ class Machine:
                 if task.incarnation == task.lane.incarnation:
                     self._enter(task.lane, value)
                 else:
-                    self._nobody_to_enter(task.lane)
+                    self._nobody_to_enter(task.lane, value)
             case HostResult():
                 self.coverage.outcomes[f"{task.name}.done"] += 1
                 self.outputs.append(HostDone(task.ticket, value.result, value.gfns))
@@ -640,22 +741,27 @@ class Machine:
         ):
             self.audit()
 
-    def _nobody_to_enter(self, lane: VcpuLane) -> None:
-        """The operation was of an incarnation that has ended."""
+    def _nobody_to_enter(self, lane: VcpuLane, run: VcpuRun) -> None:
+        """The operation was of an incarnation that has ended. Its result is for whoever goes on with the program."""
         lane.vcpu.mode = VcpuMode.OUTSIDE_GUEST_MODE
+        lane.trail.told(_entered(lane, run, flush=False, interrupts=[]))
         if lane.enter_wanted:
             lane.enter_wanted = False
-            self._start("vcpu.enter", handle_exit(lane.vcpu, None), lane)
+            self._start(lane, None)
 
     def _enter(self, lane: VcpuLane, run: VcpuRun) -> None:
         assert run.entry is not None
-        if run.entry.status is k.EntryStatus.SHUTDOWN:
-            self._end_incarnation(
-                lane, ErrorCode.SHUTDOWN, "triple fault: the guest's root table is in no memory slot"
-            )
+        shutdown = run.entry.status is k.EntryStatus.SHUTDOWN
+        if shutdown or lane.leaving:
+            lane.trail.told(_entered(lane, run, flush=False, interrupts=[]))
+            if shutdown:
+                text = "triple fault: the guest's root table is in no memory slot"
+                self._end_incarnation(lane, ErrorCode.SHUTDOWN, text)
+            else:
+                self._end_incarnation(lane, ErrorCode.DETACHED)
             return
-        if lane.leaving:
-            self._end_incarnation(lane, ErrorCode.DETACHED)
+        if lane.resuming and not lane.trail.resumable:
+            self._end_not_resumable(lane)
             return
         lane.entry += 1
         lane.was_entered = True
@@ -666,20 +772,15 @@ class Machine:
         if flush:
             emit(ev.Invalidated(lane.number, -1, ev.InvalidationCause.ENTRY_FLUSH))
         emit(ev.Entered(lane.number, lane.entry, flush, run.entry.root))
-        interrupts = sorted(lane.interrupts)
+        entered = _entered(lane, run, flush=flush, interrupts=sorted(lane.interrupts))
         lane.interrupts.clear()
-        self.send(
-            lane,
-            m.Entered(
-                lane.entry,
-                flush=flush,
-                inject=run.inject,
-                completed=run.completed,
-                general_protection=run.general_protection,
-                interrupts=interrupts,
-                processor=lane.vcpu.cpu,
-            ),
-        )
+        if lane.resuming:
+            lane.resuming = False
+            resumption = lane.trail.resumption()
+            lane.trail.told(entered)
+            self.send(lane, msgspec.structs.replace(entered, resume=resumption))
+        else:
+            lane.tell(entered)
 
     def audit(self) -> None:
         """The mmu_audit checks, if mmu_lock is free (they hold only then)."""
@@ -738,3 +839,16 @@ class Machine:
             count for name, count in self.counters.items() if name.startswith("exits.")
         )
         return counters
+
+
+def _entered(lane: VcpuLane, run: VcpuRun, *, flush: bool, interrupts: list[int]) -> m.Entered:
+    """What the vCPU is told of an operation's result."""
+    return m.Entered(
+        lane.entry,
+        flush=flush,
+        inject=run.inject,
+        completed=run.completed,
+        general_protection=run.general_protection,
+        interrupts=interrupts,
+        processor=lane.vcpu.cpu,
+    )

@@ -7,7 +7,7 @@ records on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import msgspec
@@ -15,19 +15,24 @@ import msgspec
 from shadowmmu.machine.choices import ChoicesExhaustedError, RecordedChoices
 from shadowmmu.machine.event_stream import EventListener, EventStream
 from shadowmmu.machine.journal import (
+    Admission,
     Attached,
     Digest,
     End,
     GivenUp,
     Header,
     HostAsked,
+    HostAttached,
+    HostEnded,
     JournalError,
     Record,
+    Recovered,
     Steps,
     VcpuSent,
     read_journal,
 )
-from shadowmmu.machine.machine import Machine
+from shadowmmu.machine.machine import Machine, Output
+from shadowmmu.machine.snapshot import RunnerState
 from shadowmmu.machine.state_dump import dump_state
 from shadowmmu.protocol.events import NoProgress, RunEnded
 
@@ -42,7 +47,8 @@ class ReplayResult(msgspec.Struct, frozen=True):
 
     `records`: the number of the last record executed. `digest`: of the events they gave. `recorded_digest`: what the
     journal's end says; None if the run did not end in order, or the replay stopped before. `diverged_at`: the record
-    at which it was seen that the replay differs. `state`: the machine's state, if asked to stop at a record.
+    at which it was seen that the replay differs. `state`: the machine's state, if asked to stop at a record. `torn`:
+    the bytes of an unfinished last frame, which counts for nothing.
     """
 
     records: int
@@ -51,25 +57,46 @@ class ReplayResult(msgspec.Struct, frozen=True):
     diverged_at: int | None
     divergence: str = ""
     state: dict[str, object] | None = None
+    torn: int = 0
 
 
 class Replayer:
-    """A machine that consumes the records of a journal; `machine` is for reading."""
+    """A machine that consumes the records of a journal; `machine` is for reading.
 
-    def __init__(self, header: Header, listeners: tuple[EventListener, ...] = ()) -> None:
+    It begins with a header, or as a snapshot says. `on_output` gets what the machine leaves, in order.
+    """
+
+    def __init__(
+        self,
+        begin: Header | RunnerState,
+        listeners: tuple[EventListener, ...] = (),
+        on_output: Callable[[Output], object] = lambda _output: None,
+    ) -> None:
         self.choices = RecordedChoices()
-        self.events = EventStream(*listeners)
-        self.machine = Machine(header.config, self.choices, self.events)
         self.recorded_digest: str | None = None
+        self._on_output = on_output
+        if isinstance(begin, Header):
+            self.events = EventStream(*listeners)
+            self.machine = Machine(begin.config, self.choices, self.events)
+        else:
+            self.events = EventStream(*listeners, count=begin.events, digest=begin.stream_digest)
+            self.machine = begin.machine
+            self.machine.connect(self.choices, self.events)
 
     def consume(self, number: int, record: Record) -> str | None:
         """Executes a record; says what differs, or None."""
         match record:
-            case Attached() | GivenUp() | VcpuSent() | HostAsked():
+            case Attached() | GivenUp() | VcpuSent() | HostAsked() | Admission():
                 self.machine.submit(record, number)
+            case HostAttached() | HostEnded():
+                pass
             case Steps():
-                return self._steps(record)
-            case Digest():
+                self.choices.load(record.choices)
+                for done in range(record.count):
+                    if not self.machine.step():
+                        return f"after {done} of {record.count} steps nothing was ready"
+                self.events.flush()
+            case Digest() | Recovered():
                 return self._compare(record.events, record.events_digest)
             case End():
                 if record.stuck:
@@ -79,16 +106,9 @@ class Replayer:
                 return self._compare(record.events, record.events_digest)
             case Header():
                 raise JournalError(f"record {number}: a second header")
+        for output in self.machine.outputs:
+            self._on_output(output)
         self.machine.outputs.clear()
-        return None
-
-    def _steps(self, record: Steps) -> str | None:
-        self.choices.load(record.choices)
-        for done in range(record.count):
-            if not self.machine.step():
-                return f"after {done} of {record.count} steps nothing was ready"
-        self.machine.outputs.clear()
-        self.events.flush()
         return None
 
     def _compare(self, events: int, digest: str) -> str | None:
@@ -137,4 +157,6 @@ def replay_records(records: Iterable[Record], until: int | None, *listeners: Eve
 def replay(directory: Path, until: int | None, *listeners: EventListener) -> ReplayResult:
     """Replays the journal in a run's folder. Raises JournalError, or OSError if there is none."""
     with (directory / JOURNAL_NAME).open("rb") as source:
-        return replay_records(read_journal(source), until, *listeners)
+        journal = read_journal(source)
+        result = replay_records(journal, until, *listeners)
+        return msgspec.structs.replace(result, torn=journal.torn)

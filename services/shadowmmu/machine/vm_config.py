@@ -57,7 +57,9 @@ def page_fault_filter(config: RunConfig) -> PageFaultFilter:
     return _PRESENT_EXIT if config.bypass_guest_pf else _ALL_EXIT
 
 
-def welcome(config: RunConfig, vcpu: int | None, incarnation: int, heartbeat: float) -> Attached:
-    """What a peer is told when it attaches as `vcpu`; `heartbeat` in seconds."""
+def welcome(
+    config: RunConfig, vcpu: int | None, incarnation: int, heartbeat: float, token: bytes = b""
+) -> Attached:
+    """What a peer is told when it attaches as `vcpu`; `heartbeat` in seconds, `token` to be resumed with."""
     faults = page_fault_filter(config)
-    return Attached(vcpu, incarnation, config.vpid, heartbeat, faults.mask, faults.match)
+    return Attached(vcpu, incarnation, config.vpid, heartbeat, faults.mask, faults.match, token)

@@ -11,21 +11,18 @@ import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from functools import partial
-from pathlib import Path
 from typing import Any, Final
 
 import structlog
 
-from shadowmmu.client import Endpoint, MemberClient, ServiceError
-from shadowmmu.machine import JOURNAL_NAME
+from shadowmmu.client import Endpoint, KeyRole, MemberClient, ServiceError
 from shadowmmu.machine.event_stream import EventListener
 from shadowmmu.mmu.event_sender import EventSender
-from shadowmmu.mmu.journal_file import JournalFile
 from shadowmmu.mmu.options import MmuOptions
 from shadowmmu.mmu.report import mmu_report
 from shadowmmu.mmu.service import MmuService
-from shadowmmu.protocol import TO_MMU, ErrorCode
+from shadowmmu.mmu.startup import ALONE, Startup, prepare
+from shadowmmu.protocol import COORDINATOR, MMU, TO_MMU, ErrorCode
 from shadowmmu.protocol import messages as m
 from shadowmmu.protocol.events import Event
 
@@ -52,10 +49,6 @@ async def serve(options: MmuOptions) -> int:
     return await _serve_run(options, options.coordinator, stop)
 
 
-def _journal(out: Path | None) -> JournalFile:
-    return JournalFile(None if out is None else out / JOURNAL_NAME)
-
-
 @asynccontextmanager
 async def _endpoint(options: MmuOptions) -> AsyncIterator[tuple[str, Callable[[MmuService], None]]]:
     """A bound ROUTER that reads nothing until it is given its service."""
@@ -80,6 +73,7 @@ async def _endpoint(options: MmuOptions) -> AsyncIterator[tuple[str, Callable[[M
         on_batch=on_batch,
         on_peer_lost=on_peer_lost,
         hard_limit=TO_MMU.hard_limit,
+        security=options.security.server(MMU),
     )
 
     def begin(service: MmuService) -> None:
@@ -102,7 +96,11 @@ async def _ticking(service: MmuService, heartbeat: float) -> None:
 async def _serve_alone(options: MmuOptions, stop: asyncio.Event) -> int:
     config = options.config or m.RunConfig()
     async with _endpoint(options) as (address, begin):
-        service = MmuService(config, _journal(options.out), options.heartbeat)
+        run = ALONE if options.recover else b""
+        prepared = await prepare(
+            Startup(out=options.out, config=config, run=run, heartbeat=options.heartbeat, fsync=options.fsync)
+        )
+        service = MmuService(prepared, options.heartbeat)
         begin(service)
         service.start(options.vcpus)
         log.info("serving", address=address, vcpus=options.vcpus, profile=config.profile)
@@ -128,12 +126,32 @@ async def _until(stop: asyncio.Event, service: MmuService, *background: Awaitabl
 class _Run:
     """The service's part in a run."""
 
-    def __init__(self, member: MemberClient, service_of: Callable[..., MmuService]) -> None:
+    def __init__(self, member: MemberClient) -> None:
         self.member = member
-        self.sender = EventSender(member.event_batch, lambda: member.event_credits)
+        self.sender = EventSender(member.event_batch, lambda: member.event_credits, member.joined.next_event)
+        member.events = self.sender
+        self._service: MmuService | None = None
         self._credit_wanted = asyncio.Event()
-        listeners: list[EventListener] = [self._listen] if member.joined.config.check else []
-        self.service = service_of(*listeners, on_vcpu_lost=member.vcpu_lost)
+
+    @property
+    def service(self) -> MmuService:
+        assert self._service is not None
+        return self._service
+
+    async def prepare(self, options: MmuOptions) -> None:
+        """Makes the machine of the run, or goes on with it, and the service around it."""
+        joined = self.member.joined
+        listeners: list[EventListener] = [self._listen] if joined.config.check else []
+        startup = Startup(
+            out=options.out,
+            config=joined.config,
+            run=joined.run,
+            heartbeat=joined.heartbeat,
+            next_event=joined.next_event,
+            fsync=options.fsync,
+        )
+        prepared = await prepare(startup, *listeners)
+        self._service = MmuService(prepared, joined.heartbeat, on_vcpu_lost=self.member.vcpu_lost)
 
     def _listen(self, first: int, events: list[Event], data: bytes) -> None:
         self.sender.listen(first, events, data)
@@ -142,7 +160,8 @@ class _Run:
     def _after_batches(self) -> None:
         if self.sender.waiting:
             self._credit_wanted.set()
-        self.service.set_blocked(self.sender.blocked)
+        if self._service is not None:
+            self._service.set_blocked(self.sender.blocked)
 
     async def send_batches(self) -> None:
         """Sends batches that wait for credit as it comes."""
@@ -204,6 +223,7 @@ async def _serve_run(options: MmuOptions, coordinator: str, stop: asyncio.Event)
             endpoint=options.advertise or address,
             name=options.name,
             timeout=JOIN_SECONDS,
+            security=options.security.client(KeyRole.MMU, COORDINATOR),
         )
         async with member:
             status = await _take_part(options, member, begin, stop)
@@ -218,7 +238,8 @@ async def _take_part(
 ) -> int:
     config = member.joined.config
     heartbeat = member.joined.heartbeat
-    run = _Run(member, partial(MmuService, config, _journal(options.out), heartbeat))
+    run = _Run(member)
+    await run.prepare(options)
     begin(run.service)
     member.ready()
     log.info("ready", profile=config.profile, workload=config.workload.value)

@@ -4,12 +4,16 @@ Everything that decides is elsewhere: what is legal in `shadowmmu.protocol.sessi
 `shadowmmu.machine`. The shell decodes, checks, submits, lets the machine step, writes the journal, and only then sends.
 It gives up peers that have fallen silent, and measures how long answers to kicks take.
 
+A peer that has a token and loses its connection goes on when it resumes on another one; what is sent to it meanwhile is
+kept by its session. A message that comes twice is answered again, and nothing else.
+
 A turn of the event loop reads up to 64 messages, then makes up to `STEPS_PER_TURN` steps; so neither starves the other.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -18,24 +22,30 @@ from typing import Final
 import structlog
 from hdrh.histogram import HdrHistogram
 
-from shadowmmu.client import Endpoint
+from shadowmmu.client import Endpoint, User, forbidden
 from shadowmmu.machine import (
+    Admission,
     Attached,
     GivenUp,
-    HostAsked,
+    HostAttached,
     HostDone,
-    Runner,
+    HostEnded,
+    HostRefused,
+    Output,
     ToVcpu,
     VcpuSent,
     boot_inputs,
 )
-from shadowmmu.machine.event_stream import EventListener
 from shadowmmu.machine.vm_config import welcome
-from shadowmmu.mmu.journal_file import JournalFile
+from shadowmmu.mmu.fairness import Fairness
+from shadowmmu.mmu.host_requests import HostRequests
 from shadowmmu.mmu.peers import Peer, Peers
+from shadowmmu.mmu.recovered import freeze, late_kick
+from shadowmmu.mmu.snapshot_files import SnapshotFiles
+from shadowmmu.mmu.startup import Prepared
 from shadowmmu.protocol import (
     FROM_MMU,
-    GUEST_MODE,
+    MMU,
     TO_MMU,
     Envelope,
     ErrorCode,
@@ -51,9 +61,18 @@ __all__ = ["MmuService"]
 STEPS_PER_TURN: Final = 256
 PATIENT_TURNS: Final = 4
 """Parked operations wait so many turns for messages that are on their way, before they go on early."""
+WAITING_SECONDS: Final = 0.005
+"""How often host requests beyond their agent's share of the time are looked at, if nothing else happens."""
 VERY_PATIENT_TURNS: Final = 100
 """The same for operations at a point at which nothing has fallen yet."""
-BOOT_TICKET: Final = 0
+TOKEN_BYTES: Final = 16
+SNAPSHOT_RECORDS: Final = 50_000
+"""From one snapshot to the next; it takes some seconds to replay so many."""
+KICK_SECONDS: Final = 15.0
+"""A vCPU that shows signs of life, but does not answer a kick for so long, is given up."""
+SHORTEST_HEARTBEAT: Final = 0.1
+LONGEST_HEARTBEAT: Final = 30.0
+"""A peer may wish for an interval between these, in seconds."""
 
 _NO_SESSION: Final = (State.DETACHED, State.ENDED)
 
@@ -63,42 +82,56 @@ log = structlog.get_logger(__name__)
 class MmuService:
     """One machine served to its peers.
 
-    `config`: the run's; `journal`: where records go; `listeners` hear the events. `on_vcpu_lost(number, text)` is
-    called when a vCPU is given up. `endpoint` must be started by the user after `begin_serving`.
+    `prepared`: the machine with its journal, and the peers of an earlier process if it was recovered. `heartbeat`:
+    seconds. `on_vcpu_lost(number, text)` is called when a vCPU is given up. `endpoint` is the user's, who starts it
+    when the service is to hear. A snapshot is taken about every `snapshot_records` records.
     """
 
     def __init__(
         self,
-        config: m.RunConfig,
-        journal: JournalFile,
+        prepared: Prepared,
         heartbeat: float,
-        *listeners: EventListener,
+        *,
+        snapshot_records: int = SNAPSHOT_RECORDS,
         on_vcpu_lost: Callable[[int, str], object] = lambda _number, _text: None,
     ) -> None:
-        self._config = config
-        self._journal = journal
+        self._journal = prepared.journal
+        self._snapshots = prepared.snapshots
         self._heartbeat = heartbeat
         self._on_vcpu_lost = on_vcpu_lost
-        self.runner = Runner(config, journal.write, *listeners)
-        self.peers = Peers()
+        self.runner = prepared.runner
+        self._config = prepared.runner.machine.config
+        recovered = prepared.recovered
+        self.peers = Peers() if recovered is None else recovered.peers
         self.endpoint: Endpoint | None = None
         self.counters: Counter[str] = Counter()
         self.kick_latency = HdrHistogram(1, 60_000_000, 3)
         self._out: list[tuple[Peer, m.Message]] = []
-        self._tickets: dict[int, tuple[Peer, int]] = {}
-        self._ticket = BOOT_TICKET
-        self._started = False
+        self._started = recovered is not None and recovered.started
+        if self._started:
+            self.peers.vcpus_max = len(self.runner.machine.lanes)
+        self._ended = prepared.ended
+        self._snapshot_records = snapshot_records
+        self._snapshot_due = self.runner.records + snapshot_records
+        self._admitting = self.runner.machine.admission
         self._draining = False
         self._blocked = False
         self._turn_due = False
         self._quiet_turns = 0  # turns since a message came
+        self._fairness = Fairness(time.monotonic())
+        tickets, last_ticket = (None, 0) if recovered is None else (recovered.tickets, recovered.last_ticket)
+        self._hosts = HostRequests(self.runner, self.peers, self._fairness, tickets, last_ticket)
         self._idle = asyncio.Event()
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     # --- life ----------------------------------------------------------------------------------------------------
 
     def start(self, vcpus: int) -> None:
-        """The run begins with vCPUs 0 to `vcpus` - 1: loads the guest and lets those enter that have asked."""
+        """The run begins with vCPUs 0 to `vcpus` - 1: loads the guest and lets those enter that have asked. Of a run
+        that has begun already it is no news.
+        """
+        if self._started:
+            return
         missing = [number for number in range(vcpus) if self.peers.vcpu(number) is None]
         self.peers.vcpus_max = vcpus
         for number in missing:
@@ -119,8 +152,11 @@ class MmuService:
     async def drain(self) -> str:
         """No more inputs: ends every session, finishes what is under way. Returns the event stream's digest."""
         self._draining = True
+        if self._ended:
+            return self.runner.events.digest()
         for peer in self.peers:
             self._end(peer, ErrorCode.FINISHED, "the run is over")
+        self._admit()
         self._schedule_turn()
         await self._idle.wait()
         digest = self.runner.finish()
@@ -132,7 +168,10 @@ class MmuService:
         for peer in self.peers:
             if peer.timer.expired(now):
                 self._end(peer, ErrorCode.GIVEN_UP, f"{peer}: silent for {peer.timer.silence:.1f} s")
-            elif peer.timer.due(now):
+            elif peer.kicked_at is not None and now - peer.kicked_at >= KICK_SECONDS and not self._blocked:
+                # It lives, and others wait for it: in a remote TLB flush, with what they hold.
+                self._end(peer, ErrorCode.GIVEN_UP, f"{peer}: no answer to a kick for {KICK_SECONDS:g} s")
+            elif peer.timer.due(now) and peer.address is not None:
                 self._out.append((peer, m.Heartbeat()))
         self._schedule_turn()
 
@@ -150,6 +189,9 @@ class MmuService:
         if blocked:
             self.endpoint.pause()
         else:
+            now = time.monotonic()
+            for peer in self.peers:
+                peer.kicked_at = None if peer.kicked_at is None else now  # its answer may wait in the socket
             self.endpoint.resume()
             self._schedule_turn()
 
@@ -157,14 +199,25 @@ class MmuService:
 
     def on_message(self, address: bytes, frames: list[bytes]) -> None:
         """A peer's message."""
-        self._quiet_turns = 0
+        assert self.endpoint is not None
+        now = time.monotonic()
+        if self._fairness.is_dropped(address, now):
+            self.counters["flooding.dropped"] += 1
+            self._end_reading()
+            return
         peer = self.peers.get(address)
         known = peer is not None
+        sender = self.endpoint.sender
         if peer is None:
-            peer = Peer(address, HeartbeatTimer(self._heartbeat, time.monotonic()))
+            peer = Peer(address, HeartbeatTimer(self._heartbeat, time.monotonic()), sender)
         try:
+            self._check_sender(peer, sender)
             envelope = TO_MMU.decode(frames)
-            if known:
+            if isinstance(envelope.body, m.Resume):
+                self._resume(address, sender, envelope, envelope.body)
+                return
+            repeated = peer.session.repeated(envelope)
+            if known and not repeated:
                 self._check_contents(peer, envelope)
             act = peer.session.receive(envelope)
             if act and isinstance(envelope.body, m.Attach):
@@ -172,9 +225,60 @@ class MmuService:
         except RemoteProtocolError as error:
             self._refuse(peer, error)
             return
-        peer.timer.heard(time.monotonic())
-        if act:
+        peer.timer.heard(now)
+        if (repeated or isinstance(envelope.body, m.Heartbeat)) and not self._allows_idle(peer):
+            return
+        if repeated:
+            self._answer_again(peer, envelope.seq)
+        elif act:
             self._act(peer, envelope)
+
+    def _answer_again(self, peer: Peer, seq: int) -> None:
+        """A message came twice: the same answer, if it has been given."""
+        self.counters["repeated"] += 1
+        answer = peer.session.answer(seq)
+        if answer is not None:
+            self._transmit(peer, answer)
+
+    def _resume(self, address: bytes, sender: User | None, envelope: Envelope, body: m.Resume) -> None:
+        """A peer goes on over another connection."""
+        peer = self.peers.incarnation(envelope.incarnation)
+        if peer is not None and peer.address == address:
+            self._allows_idle(peer)  # it came twice
+            return
+        if peer is None:
+            text = f"incarnation {envelope.incarnation} is not under way"
+            raise RemoteProtocolError(
+                ErrorCode.STALE_INCARNATION, text, incarnation=envelope.incarnation, seq=envelope.seq
+            )
+        text_or_none = forbidden(sender, MMU, opens=peer.session.role)
+        if text_or_none is not None:
+            raise RemoteProtocolError(ErrorCode.FORBIDDEN, text_or_none)
+        peer.session.receive(envelope)
+        other = self.peers.get(address)
+        if other is not None and other is not peer:
+            raise RemoteProtocolError(ErrorCode.ALREADY_ATTACHED, "this connection is another session's")
+        self.peers.move(peer, address)
+        peer.user = sender
+        peer.timer.heard(time.monotonic())
+        self.counters["resumed"] += 1
+        log.info("resumed", peer=str(peer), incarnation=envelope.incarnation, received=body.received)
+        # All of it is in the journal already: it was given before, or is kept since.
+        for again in peer.session.resume(body):
+            self._transmit(peer, again)
+        self._schedule_turn()
+
+    def _check_sender(self, peer: Peer, sender: User | None) -> None:
+        """A session is its user's: another key that has taken over its routing id gets nothing of it.
+
+        One whose key has been revoked ends.
+        """
+        text = forbidden(sender, MMU, owner=peer.user)
+        if text is None:
+            return
+        if sender is None and peer.address is not None and self.peers.get(peer.address) is peer:
+            self._end(peer, ErrorCode.FORBIDDEN, text)
+        raise RemoteProtocolError(ErrorCode.FORBIDDEN, text)
 
     def _check_contents(self, peer: Peer, envelope: Envelope) -> None:
         refusal = None if peer.vcpu is None else self.runner.machine.refusal(peer.vcpu, envelope.body)
@@ -192,25 +296,81 @@ class MmuService:
     def _attach(self, peer: Peer, attach: m.Attach) -> None:
         if self._draining:
             raise RemoteProtocolError(ErrorCode.DRAINING, "the run is being ended")
-        place = self.peers.attach(peer, attach)
+        text = forbidden(peer.user, MMU, opens=attach.role)
+        if text is not None:
+            raise RemoteProtocolError(ErrorCode.FORBIDDEN, text)
+        place = self.peers.place(attach)
+        if place.replaced is not None:
+            self._replace(place.replaced)
+        incarnation = self.peers.next_incarnation()
+        token = os.urandom(TOKEN_BYTES) if attach.resumable else b""
+        peer.name = attach.name
+        self.peers.add(peer, incarnation, place.vcpu, token)
         if place.vcpu is not None:
-            self.runner.submit(Attached(place.vcpu, place.incarnation))
-        log.info("attached", peer=attach.name, role=attach.role.value, vcpu=place.vcpu)
-        self._out.append((peer, welcome(self._config, place.vcpu, place.incarnation, self._heartbeat)))
+            self.runner.submit(Attached(place.vcpu, incarnation, place.resume, token))
+        elif attach.role is m.Role.HOST:
+            self.runner.submit(HostAttached(incarnation, token))
+        heartbeat = self._heartbeat
+        if attach.heartbeat is not None and SHORTEST_HEARTBEAT <= attach.heartbeat <= LONGEST_HEARTBEAT:
+            heartbeat = attach.heartbeat
+            peer.timer = HeartbeatTimer(heartbeat, time.monotonic())
+        log.info("attached", peer=attach.name, role=attach.role.value, vcpu=place.vcpu, resume=place.resume)
+        self._out.append((peer, welcome(self._config, place.vcpu, incarnation, heartbeat, token)))
+
+    def _replace(self, peer: Peer) -> None:
+        """Another connection attaches as this vCPU: it is not there any more for the messages of the machine."""
+        assert peer.vcpu is not None
+        text = "another connection attached as this vCPU"
+        log.warning("replaced", peer=str(peer))
+        address = peer.address
+        self.peers.remove(peer)
+        peer.address = address  # there it is told, at the end of the turn
+        self._out.append((peer, m.Ended(ErrorCode.REPLACED.value, text)))
+        self.runner.submit(GivenUp(peer.vcpu, ErrorCode.REPLACED.value, text))
+
+    def _allows_idle(self, peer: Peer) -> bool:
+        """Counts a message that moves nothing forward; ends the session of a peer that floods."""
+        assert peer.address is not None
+        attached = self.peers.get(peer.address) is peer
+        allowed = self._fairness.allows_idle(peer.address, time.monotonic(), stranger=not attached)
+        if not allowed:
+            self.counters["flooding"] += 1
+            if attached:
+                self._end(peer, ErrorCode.FLOODING, f"{peer}: too many messages that move nothing forward")
+        self._end_reading()
+        return allowed
+
+    def _end_reading(self) -> None:
+        """Has the endpoint read no more in this turn, if there were idle messages enough: others come sooner."""
+        assert self.endpoint is not None
+        if self._fairness.turn_is_over:
+            self.endpoint.pause()
+            self._schedule_turn()
+
+    def _read_on(self) -> None:
+        """At the end of a turn: the endpoint reads again; requests that wait for their share are looked at soon."""
+        if self._fairness.turn_is_over and self.endpoint is not None and not self._blocked:
+            self.endpoint.resume()
+        self._fairness.begin_turn()
+        if self._hosts.waiting and not self._turn_due:
+            asyncio.get_running_loop().call_later(WAITING_SECONDS, self._schedule_turn)
 
     def _refuse(self, peer: Peer, error: RemoteProtocolError) -> None:
         self.counters[f"errors.{error.code.value}"] += 1
+        if not self._allows_idle(peer):
+            return
         log.warning("refused", peer=str(peer), code=error.code.value, text=error.text)
-        assert self.endpoint is not None
-        self.endpoint.send(peer.address, FROM_MMU.encode(error_reply(error)))
-        if error.info.ends and self.peers.get(peer.address) is peer:
+        self._transmit(peer, error_reply(error))
+        if error.info.ends and peer.address is not None and self.peers.get(peer.address) is peer:
             self._end(peer, error.code, error.text)
 
     def _act(self, peer: Peer, envelope: Envelope) -> None:
         body = envelope.body
+        if not isinstance(body, m.Heartbeat):
+            self._quiet_turns = 0
         match body:
             case m.HostRequest():
-                self._host_request(peer, body, envelope.seq)
+                self._hosts.ask(peer.session.incarnation, body)
             case m.Detach() if peer.vcpu is None:
                 self._end(peer, ErrorCode.DETACHED, "")
             case m.Enter() | m.Detach() if not self._started:
@@ -232,21 +392,14 @@ class MmuService:
         assert peer.vcpu is not None
         self.runner.submit(VcpuSent(peer.vcpu, body))
 
-    def _host_request(self, peer: Peer, request: m.HostRequest, seq: int) -> None:
-        text = self.runner.machine.host_refusal(request.operation)
-        if text is not None:
-            self._out.append((peer, m.ErrorReply(ErrorCode.BAD_ARGUMENT.value, text, seq)))
-            return
-        self._ticket += 1
-        self._tickets[self._ticket] = (peer, request.request)
-        self.runner.submit(HostAsked(self._ticket, request.operation, request.paced))
-
     # --- sessions' ends ------------------------------------------------------------------------------------------
 
     def on_peer_lost(self, address: bytes, reason: ErrorCode, undelivered: int) -> None:
-        """The transport cannot reach a peer, or its queue is full."""
+        """The transport cannot reach a peer, or its queue is full. One that can resume has until it is given up."""
         peer = self.peers.get(address)
-        if peer is not None:
+        if peer is not None and peer.resumable and reason is ErrorCode.UNREACHABLE:
+            self.peers.move(peer, None)
+        elif peer is not None:
             self._end(peer, reason, f"{peer}: {undelivered} messages could not be delivered")
             self._schedule_turn()
 
@@ -254,6 +407,8 @@ class MmuService:
         """Ends a session at our wish; of a vCPU, its incarnation too."""
         number = peer.vcpu
         if number is None:
+            if peer.session.role is m.Role.HOST:
+                self.runner.submit(HostEnded(peer.session.incarnation))
             self._say_ended(peer, m.Ended(code.value, text))
             return
         # The machine says Ended, in its place among the outputs; see `_deliver`.
@@ -285,15 +440,19 @@ class MmuService:
             return  # taken already, with the batch
         self._turn_due = False
         try:
+            if self._hosts.waiting:
+                self._hosts.begin()
             more = not self._blocked and self._step()
             outputs = self.runner.take_outputs()
-            self._journal.flush()
+            self._journal.flush(time.monotonic())
             for output in outputs:
                 self._deliver(output)
             out, self._out = self._out, []
             for peer, body in out:
                 if peer.session.state not in _NO_SESSION:
                     self._send(peer, body)
+            self._look_at_snapshot()
+            self._read_on()
         except Exception as error:  # noqa: BLE001 - a defect ends the service, loudly, not one callback quietly
             self.fail(error)
             return
@@ -305,25 +464,66 @@ class MmuService:
     def _step(self) -> bool:
         """Makes steps; True if there is more to do. Parked operations go on when no message came for some turns."""
         turns = VERY_PATIENT_TURNS if self.runner.machine.parked_uncovered else PATIENT_TURNS
-        patient = self._quiet_turns < turns
+        patient = self._quiet_turns < turns and self._admitting
         more = self.runner.step(STEPS_PER_TURN, resume_parked=not patient)
         self._quiet_turns += 1
         return more or (patient and self.runner.machine.parked)
 
-    def _deliver(self, output: ToVcpu | HostDone) -> None:
+    # --- snapshots -----------------------------------------------------------------------------------------------
+
+    def _look_at_snapshot(self) -> None:
+        """At the end of a turn, when everything that was answered is sent, or kept: if a snapshot is due, stops
+        admission, waits until nothing is under way, takes it, and goes on.
+        """
+        if self._snapshots is None or not self._started or self._draining:
+            return
+        runner = self.runner
+        if self._admitting and runner.records >= self._snapshot_due:
+            self._admitting = False
+            runner.submit(Admission(open=False))
+            self._schedule_turn()
+        elif not self._admitting and runner.machine.quiet and not self._hosts.waiting:
+            self._take_snapshot(self._snapshots)
+            self._admit()
+
+    def _take_snapshot(self, files: SnapshotFiles) -> None:
+        began = time.monotonic()
+        sessions = freeze(self.peers, self._hosts.tickets, self._hosts.last, started=self._started)
+        data = self.runner.snapshot(sessions)
+        try:
+            files.write(self.runner.records, data)
+        except OSError as error:
+            # The run can do without; a recovery takes longer.
+            log.warning("no snapshot can be kept", error=str(error))
+            self._snapshots = None
+            return
+        self.counters["snapshots"] += 1
+        milliseconds = round(1000 * (time.monotonic() - began), 1)
+        log.info("snapshot", record=self.runner.records, bytes=len(data), milliseconds=milliseconds)
+
+    def _admit(self) -> None:
+        if not self._admitting:
+            self._admitting = True
+            self._snapshot_due = self.runner.records + self._snapshot_records
+            self.runner.submit(Admission(open=True))
+            self._schedule_turn()
+
+    # --- messages out --------------------------------------------------------------------------------------------
+
+    def _deliver(self, output: Output) -> None:
         match output:
-            case HostDone():
-                asked = self._tickets.pop(output.ticket, None)
-                if asked is not None and asked[0].session.attached:
-                    self._send(asked[0], m.HostReply(asked[1], output.result, output.gfns))
+            case HostDone() | HostRefused():
+                told = self._hosts.answered(output)
+                if told is not None:
+                    self._send(*told)
             case ToVcpu():
                 peer = self.peers.vcpu(output.vcpu)
                 if peer is None or peer.session.incarnation != output.incarnation:
                     return
                 body = output.body
+                if late_kick(peer.session, body):
+                    return
                 match body:
-                    case m.Kick() if peer.session.state not in GUEST_MODE or peer.session.entry != body.entry:
-                        return  # its Exit has come already and waits in the lane: that is the answer
                     case m.Kick():
                         peer.kicked_at = peer.kicked_at or time.monotonic()
                     case m.Ended():
@@ -334,6 +534,11 @@ class MmuService:
                 self._send(peer, body)
 
     def _send(self, peer: Peer, body: m.Message) -> None:
-        assert self.endpoint is not None
-        self.endpoint.send(peer.address, FROM_MMU.encode(peer.session.send(body)))
+        self._transmit(peer, peer.session.send(body))
         peer.timer.sent(time.monotonic())
+
+    def _transmit(self, peer: Peer, envelope: Envelope) -> None:
+        """To where the peer is; to one without a connection nothing goes: its session keeps what counts."""
+        assert self.endpoint is not None
+        if peer.address is not None:
+            self.endpoint.send(peer.address, FROM_MMU.encode(envelope))

@@ -237,5 +237,5 @@ def _judge_the_end(stage: Stage, process: _Process, ordinary: _Played | None) ->
     if missing:
         names = ", ".join(sorted(kind.__name__ for kind in missing))
         stage.fail(scene.blame, f"it did not get as far as when left alone: no {names}")
-    elif scene.blame in (ClientCheck.MINOR, ClientCheck.ENCODING):
+    elif scene.blame in (ClientCheck.MINOR, ClientCheck.ENCODING, ClientCheck.REPEATED):
         stage.exercise(scene.blame)

@@ -16,7 +16,10 @@ from shadowmmu.protocol_check import (
     server_host,
     server_life,
     server_random,
+    server_repeat,
+    server_resume,
     server_sessions,
+    server_takeover,
 )
 from shadowmmu.protocol_check.checks import Outcome, Report, Result
 from shadowmmu.protocol_check.lab import Lab
@@ -39,7 +42,17 @@ class ServiceUnreachableError(Exception):
 
 def server_checks() -> list[ServerCheck]:
     """All checks of a service, in the order of the report."""
-    modules = (server_framing, server_sessions, server_guest, server_host, server_life, server_random)
+    modules = (
+        server_framing,
+        server_sessions,
+        server_guest,
+        server_host,
+        server_life,
+        server_repeat,
+        server_resume,
+        server_takeover,
+        server_random,
+    )
     order = {module.__name__: number for number, module in enumerate(modules)}
     return sorted(SERVER_CHECKS, key=lambda check: order[check.procedure.__module__])
 

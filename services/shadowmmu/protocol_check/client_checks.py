@@ -64,6 +64,12 @@ class ClientCheck(enum.Enum):
         "When it is given up it ends, or attaches anew with an empty TLB",
         "Incarnations and numbers",
     )
+    REPEATED = Check("client.repeated", "It ignores what the service says twice", "Exactly once")
+    RESUME = Check(
+        "client.resume",
+        "If it says that it can resume: it goes on over a new connection, and nothing is lost or done twice",
+        "Resuming on a new connection",
+    )
     MINOR = Check("client.minor", "It works with a service of a newer minor version", "Versions")
     ENCODING = Check("client.encoding", "It takes other encodings of the same values", "Framing")
     UNKNOWN_CODE = Check("client.unknown-code", "It bears error codes that it does not know", "Versions")

@@ -146,6 +146,12 @@ class Judge:
         if not exits and self.tlb.drop(gva, Dropped.FAULT):
             self.exercise(ClientCheck.FAULT)
 
+    def resumed(self, now: float) -> None:
+        """The client goes on over another connection; what was said before counts from now on."""
+        if self._timer is not None:
+            self._timer.heard(now)
+        self._kicks = dict.fromkeys(self._kicks, now)
+
     # --- what the client says ------------------------------------------------------------------------------------
 
     def refused(self, now: float) -> None:

@@ -209,7 +209,7 @@ class Lab:
         """Somebody who is connected and has not attached."""
         return self._made_peer(Peer, "stranger")
 
-    def vcpu(self, number: int | None = None) -> Vcpu:
+    def vcpu(self, number: int | None = None, *, resumable: bool = False) -> Vcpu:
         """A vCPU that is attached. Waits for a place if one is about to become free. Raises CheckSkipped without."""
         if (
             len([peer for peer in self._peers if peer.session.attached and peer.session.vcpu is not None])
@@ -220,7 +220,7 @@ class Lab:
         peer = self._made_peer(Vcpu, "vCPU")
         until = time.monotonic() + self.patience
         while True:
-            peer.send(m.Attach(m.Role.VCPU, peer.name, number))
+            peer.send(m.Attach(m.Role.VCPU, peer.name, number, resumable=resumable))
             answer = peer.next("Attached").body
             if isinstance(answer, m.Attached):
                 return peer
@@ -232,16 +232,20 @@ class Lab:
             )
             peer.socket.poll(round(RETRY_SECONDS * 1000))
 
-    def guest(self, number: int | None = None) -> Vcpu:
+    def guest(self, number: int | None = None, *, resumable: bool = False) -> Vcpu:
         """A vCPU in guest mode."""
-        vcpu = self.vcpu(number)
+        vcpu = self.vcpu(number, resumable=resumable)
         vcpu.enter()
         return vcpu
 
-    def host(self) -> Host:
+    def newcomer(self) -> Vcpu:
+        """A vCPU that has not attached."""
+        return self._made_peer(Vcpu, "vCPU")
+
+    def host(self, *, resumable: bool = False) -> Host:
         """A host agent that is attached."""
         host = self._made_peer(Host, "host agent")
-        host.attach(m.Role.HOST)
+        host.attach(m.Role.HOST, resumable=resumable)
         return host
 
     def probe(self) -> Peer:

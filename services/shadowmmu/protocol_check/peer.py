@@ -2,7 +2,7 @@
 
 What is legal goes through `Session`, which then judges each answer of the service, too: its numbers, its order, its
 credits. What is illegal goes past it (`post`), since a message that is refused changes nothing. Waiting is bounded by
-the lab's patience, and heartbeats are sent meanwhile.
+the lab's patience, and heartbeats are sent meanwhile. A peer may lose its connection, and resume on another one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgpack
+import msgspec
 import zmq
 
 from shadowmmu.protocol import (
@@ -37,12 +38,25 @@ __all__ = ["Peer"]
 
 SLICE_SECONDS: Final = 0.05
 """How long a socket is looked at before the other peers' heartbeats are."""
+REMEMBERED: Final = 128
+"""Messages of the service of which the bytes are remembered."""
 
 Body = TypeVar("Body", bound=m.Message)
 
 
+class Heard(msgspec.Struct, frozen=True):
+    """A message of the service, and its frames."""
+
+    envelope: Envelope
+    frames: list[bytes]
+
+
 class Peer:
-    """One connection. `silent`: sends no heartbeats; `kicked`: the entry that it was last told to leave."""
+    """One peer, over one connection after another.
+
+    `silent`: sends no heartbeats; `kicked`: the entry that it was last told to leave; `heard`: the service's last
+    messages with a number; `again`: those that came with a number that was taken before.
+    """
 
     def __init__(self, lab: Lab, socket: zmq.Socket[bytes], name: str) -> None:
         self.lab = lab
@@ -53,6 +67,9 @@ class Peer:
         self.kicked = 0
         self.version = VERSION_FRAME
         self.received: deque[Envelope] = deque()
+        self.heard: deque[Heard] = deque(maxlen=REMEMBERED)
+        self.again: deque[Heard] = deque()
+        self._resumed: list[m.Resumed] = []
         self._timer: HeartbeatTimer | None = None
 
     # --- sending -------------------------------------------------------------------------------------------------
@@ -60,8 +77,16 @@ class Peer:
     def send(self, body: m.VcpuMessage) -> Envelope:
         """Sends what is legal; numbers it."""
         envelope = self.session.send(body)
-        self.send_frames([self.version, *TO_MMU.encode(envelope)[1:]])
+        if not self.session.resuming or isinstance(body, m.Resume):
+            self._transmit(envelope)
         return envelope
+
+    def lose(self, body: m.VcpuMessage) -> None:
+        """Sends what is legal, and it is lost with the connection; that is for the caller to lose next."""
+        self.session.send(body)
+
+    def _transmit(self, envelope: Envelope) -> None:
+        self.send_frames([self.version, *TO_MMU.encode(envelope)[1:]])
 
     def post(
         self, body: m.Message | dict[str, Any], *, incarnation: int | None = None, number: int | None = None
@@ -73,8 +98,32 @@ class Peer:
             self.send_frames([self.version, msgpack.packb([incarnation, number, body])])
             return Envelope(incarnation, number, m.Heartbeat())
         envelope = Envelope(incarnation, number, body)
-        self.send_frames([self.version, *TO_MMU.encode(envelope)[1:]])
+        self._transmit(envelope)
         return envelope
+
+    def post_doubtful(self, body: m.VcpuMessage) -> m.ErrorReply | None:
+        """Sends what is legal or not by what is on its way. Returns the refusal, or None: then it was taken.
+
+        A Heartbeat with the same number takes its place, or is its repetition; and what a vCPU may never say shows
+        that the service is past both.
+        """
+        sent = self.post(body)
+        self.post(m.Heartbeat(), number=sent.seq)
+        self.session.send_seq += 1
+        marker = self.post(m.HostRequest(1, m.TestAge(1)))
+        refusal: m.ErrorReply | None = None
+        others: list[Envelope] = []
+        while True:
+            envelope = self.next("a refusal")
+            reply = envelope.body
+            if not isinstance(reply, m.ErrorReply) or envelope.seq:
+                others.append(envelope)
+            elif reply.seq == marker.seq:
+                break
+            else:
+                refusal = reply
+        self.received.extendleft(reversed(others))
+        return refusal
 
     @property
     def _next_number(self) -> int:
@@ -92,7 +141,9 @@ class Peer:
     def beat(self) -> None:
         """Sends a heartbeat if one is due."""
         timer = self._timer
-        if timer is not None and not self.silent and self.session.attached and timer.due(time.monotonic()):
+        if self.silent or self.session.resuming or not self.session.attached:
+            return
+        if timer is not None and timer.due(time.monotonic()):
             self.send(m.Heartbeat())
 
     # --- receiving -----------------------------------------------------------------------------------------------
@@ -104,6 +155,7 @@ class Peer:
         frames = self.socket.recv_multipart(zmq.DONTWAIT)
         try:
             envelope = FROM_MMU.decode(frames)
+            again = self.session.repeated(envelope) and not self.session.resuming
             acts = self.session.receive(envelope)
         except RemoteProtocolError as error:
             raise CheckFailed(f"{self.name}: the service sent what it may not: {error}") from None
@@ -112,11 +164,34 @@ class Peer:
             self._timer = HeartbeatTimer(body.heartbeat, time.monotonic())
         elif isinstance(body, m.Kick) and acts:
             self.kicked = body.entry
+        elif isinstance(body, m.Resumed) and acts:
+            self._go_on(body)
+        if envelope.seq:
+            (self.again if again else self.heard).append(Heard(envelope, frames))
         if isinstance(body, m.ErrorReply) and not envelope.seq:
             acts = True
-        if acts and not isinstance(body, m.Applied):
+        if acts and not isinstance(body, m.Applied | m.Resumed):
             self.received.append(envelope)
         return True
+
+    def _go_on(self, resumed: m.Resumed) -> None:
+        self._resumed.append(resumed)
+        for envelope in self.session.lacking(resumed):
+            self._transmit(envelope)
+
+    def take_again(self, original: Envelope) -> None:
+        """Waits until this message of the service comes again, with the bytes that it had."""
+        first = next(heard for heard in reversed(self.heard) if heard.envelope == original)
+        until = time.monotonic() + self.lab.patience
+        while not self.again:
+            require(time.monotonic() < until, f"{self.name}: {original.body!r} was not said again")
+            self.lab.look_after(self)
+            self._take(SLICE_SECONDS)
+        second = self.again.popleft()
+        require(
+            second.frames == first.frames,
+            f"{self.name}: {second.envelope!r} was said again in the place of {original!r}",
+        )
 
     def drain(self) -> None:
         """Takes what is there."""
@@ -193,10 +268,42 @@ class Peer:
 
     # --- sessions ------------------------------------------------------------------------------------------------
 
-    def attach(self, role: m.Role, vcpu: int | None = None) -> m.Attached:
+    def attach(
+        self,
+        role: m.Role,
+        vcpu: int | None = None,
+        *,
+        resumable: bool = False,
+        token: bytes = b"",
+        heartbeat: float | None = None,
+    ) -> m.Attached:
         """Opens a session."""
-        self.send(m.Attach(role, self.name, vcpu))
+        self.send(
+            m.Attach(role, self.name, vcpu, resumable=resumable, token=token, heartbeat=heartbeat),
+        )
         return self.expect(m.Attached)
+
+    def cut(self) -> zmq.Socket[bytes]:
+        """Has a new connection; what was on its way over the old one is lost once that is closed. Returns the old."""
+        old, self.socket = self.socket, self.lab.socket()
+        return old
+
+    def resume(self) -> m.Resumed:
+        """Loses the connection, and goes on over another one: sends again what the service lacks."""
+        self.cut().close(linger=0)
+        self.heard.clear()
+        self.again.clear()
+        self.send(m.Resume(self.session.token, self.session.continuity.received))
+        until = time.monotonic() + self.lab.patience
+        while self.session.resuming:
+            require(time.monotonic() < until, f"{self.name}: Resumed did not come")
+            require(
+                not self.received or not isinstance(self.received[-1].body, m.ErrorReply),
+                f"{self.name}: {self.received[-1].body if self.received else ''!r} instead of Resumed",
+            )
+            self.lab.look_after(self)
+            self._take(SLICE_SECONDS)
+        return self._resumed.pop()
 
     def detach(self) -> None:
         """Leaves in order, out of guest mode if need be."""

@@ -53,6 +53,10 @@ class Hand(Protocol):
         """Ends the session."""
         ...
 
+    def lose_connection(self) -> None:
+        """From now on nothing arrives on the client's connection, in neither direction; on another it may resume."""
+        ...
+
     def fail(self, check: ClientCheck, text: str) -> None: ...
 
     def exercise(self, *checks: ClientCheck) -> None: ...
@@ -94,3 +98,7 @@ class Scene:
     def frames(self, envelope: m.Envelope) -> list[bytes]:
         """The message's encoding."""
         return FROM_MMU.encode(envelope)
+
+    def times(self, envelope: m.Envelope) -> int:  # noqa: ARG002
+        """How often the message comes."""
+        return 1

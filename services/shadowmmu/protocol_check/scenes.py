@@ -98,6 +98,45 @@ class _Slow(Scene):
                 hand.send(body)
 
 
+class _Twice(Scene):
+    """Every message of the service comes twice."""
+
+    name = "everything twice"
+    blame = ClientCheck.REPEATED
+
+    def times(self, envelope: m.Envelope) -> int:
+        return 2 if envelope.seq else 1
+
+
+class _Lost(Scene):
+    """The connection is lost, again and again: with an Exit, a Walk, a Log or a value on its way, or the answer.
+
+    For a client that says that it can resume; to others nothing happens.
+    """
+
+    name = "lost connections"
+    blame = ClientCheck.RESUME
+    heartbeat = 0.2
+    delays = 8.0
+
+    def __init__(self) -> None:
+        self._due: list[type[m.Message]] = [m.Exit, m.Walk, m.Log, m.Entered, m.Walked, m.Exit, m.Detach]
+
+    def heard(self, hand: Hand, body: m.VcpuMessage) -> bool:
+        """The answer to it is lost."""
+        self._lose(hand, body)
+        return False
+
+    def after(self, hand: Hand, body: m.MmuMessage) -> None:
+        """What comes next is lost."""
+        self._lose(hand, body)
+
+    def _lose(self, hand: Hand, body: m.Message) -> None:
+        if self._due and hand.session.token and type(body) is self._due[0]:
+            self._due.pop(0)
+            hand.lose_connection()
+
+
 class _NewerMinor(Scene):
     """A service of a later minor version, which uses nothing of it."""
 
@@ -185,6 +224,8 @@ SCENES: Final[tuple[type[Scene], ...]] = (
     Bypass,
     _Credits,
     _Slow,
+    _Twice,
+    _Lost,
     _NewerMinor,
     _OtherEncodings,
     _GivenUp,

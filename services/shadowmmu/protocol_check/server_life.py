@@ -115,6 +115,7 @@ def _unmoved(lab: Lab) -> None:
                 number=vcpu.session.send_seq,
             )
         attached.post(m.Enter())
+        _hear_refusal(strangers[-1], vcpu)  # by then it has had its effect, if it has one
         vcpu.store(DATA + 8 * turn, turn)
         value = vcpu.load(DATA + 8 * turn)
         require(value == turn, f"{value} instead of {turn}")
@@ -124,6 +125,18 @@ def _unmoved(lab: Lab) -> None:
             accepted = [e.body for e in peer.received if not isinstance(e.body, m.ErrorReply | m.Heartbeat)]
             require(not accepted, f"{peer.name} got {accepted!r} for garbage")
             peer.received.clear()
+
+
+def _hear_refusal(stranger: Peer, vcpu: Peer) -> None:
+    """Hears of what it has said in the name of the vCPU."""
+    wanted = (vcpu.session.incarnation, vcpu.session.send_seq)
+    while True:
+        envelope = stranger.next("a refusal")
+        reply = envelope.body
+        require(isinstance(reply, m.ErrorReply), f"{stranger.name} got {reply!r} for garbage")
+        assert isinstance(reply, m.ErrorReply)
+        if (envelope.incarnation, reply.seq) == wanted:
+            return
 
 
 @checks("others.gone", "Who disappears without a word makes room, and holds nobody up", _SECTION)

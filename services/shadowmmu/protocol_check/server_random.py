@@ -124,8 +124,12 @@ class _Walker:
         number, incarnation = session.send_seq, session.incarnation
         draw = self.random.random()
         if draw < 0.15:
-            number = self.random.randrange(session.send_seq)
-            codes = codes | {ErrorCode.DUPLICATE}
+            # Something else under a number that was taken: a repetition, whatever is in it.
+            if session.send_seq > 1 and isinstance(body, m.VcpuMessage):
+                self.peer.post(body, number=self.random.randrange(1, session.send_seq))
+                self.said += 1
+                return True
+            number, codes = 0, codes | {ErrorCode.BAD_ARGUMENT}
         elif draw < 0.25:
             incarnation += self.random.choice((-1, 1, 1 << 30))
             codes = codes | {ErrorCode.STALE_INCARNATION}

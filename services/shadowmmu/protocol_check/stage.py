@@ -7,6 +7,7 @@ processes: `check_client` starts the client and asks the stage how far it is.
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import Final
 
 import msgspec
@@ -42,6 +43,9 @@ FIRST_INCARNATION: Final = 70_001
 STEPS: Final = 256
 VCPU: Final = 0
 BOOT_TICKET: Final = 0
+TOKEN_BYTES: Final = 16
+RESUME_INTERVALS: Final = 12
+"""How long a client may take to see that its connection is lost, and to resume."""
 
 _BLAMED: Final = {
     ErrorCode.MALFORMED: ClientCheck.FRAMING,
@@ -52,7 +56,6 @@ _BLAMED: Final = {
     ErrorCode.ALREADY_ATTACHED: ClientCheck.ORDER,
     ErrorCode.NOT_ATTACHED: ClientCheck.ORDER,
     ErrorCode.STALE_INCARNATION: ClientCheck.NUMBERS,
-    ErrorCode.DUPLICATE: ClientCheck.NUMBERS,
     ErrorCode.SEQUENCE_GAP: ClientCheck.NUMBERS,
     ErrorCode.STALE_ENTRY: ClientCheck.ENTRIES,
     ErrorCode.UNKNOWN_ENTRY: ClientCheck.ENTRIES,
@@ -69,6 +72,7 @@ class _Peer(msgspec.Struct):
     session: Session
     timer: HeartbeatTimer | None = None
     ended_at: float | None = None
+    lost_at: float | None = None  # when its connection was lost
 
 
 class _BadContentsError(RemoteProtocolError):
@@ -95,6 +99,8 @@ class Stage:
         self.messages = 0
         self._runner = Runner(scene.config, lambda _data: None)
         self._peers: dict[bytes, _Peer] = {}
+        self._taken: dict[int, m.Message] = {}  # what the client has said on this connection, by number
+        self._gone: set[bytes] = set()  # connections that were lost
         self._client: _Peer | None = None
         self._incarnation = FIRST_INCARNATION - 1
         self._turning = False
@@ -161,7 +167,7 @@ class Stage:
         self.judge.exercise(*checks)
 
     def submit(self, body: m.VcpuMessage) -> None:
-        assert not isinstance(body, m.Attach | m.Heartbeat | m.HostRequest)
+        assert not isinstance(body, m.Attach | m.Resume | m.Heartbeat | m.HostRequest)
         self._runner.submit(VcpuSent(VCPU, body))
         self._turn()
 
@@ -204,20 +210,34 @@ class Stage:
 
     # --- messages ------------------------------------------------------------------------------------------------
 
+    def lose_connection(self) -> None:
+        peer = self._client
+        assert peer is not None
+        peer.lost_at = self.now
+
     def _transmit(self, peer: _Peer, envelope: Envelope) -> None:
-        self._endpoint.send(peer.address, self.scene.frames(envelope))
+        if peer.lost_at is None:
+            for _ in range(self.scene.times(envelope)):
+                self._endpoint.send(peer.address, self.scene.frames(envelope))
         if peer.timer is not None:
             peer.timer.sent(self.now)
 
     def _on_message(self, address: bytes, frames: list[bytes]) -> None:
         peer = self._peers.get(address)
+        if address in self._gone or (peer is not None and peer.lost_at is not None):
+            self.judge.refused(self.now)  # it lives; what it says is lost
+            return
         if peer is None:
             peer = self._peers[address] = _Peer(address, Session(MMU, Side.SERVICE))
         try:
             envelope = TO_MMU.decode(frames)
+            if isinstance(envelope.body, m.Resume):
+                self._resume(peer, envelope, envelope.body)
+                return
+            repeated = peer.session.repeated(envelope)
             if isinstance(envelope.body, m.Attach) and self._refuses(peer):
                 return
-            if peer is self._client and peer.session.attached:
+            if peer is self._client and peer.session.attached and not repeated:
                 self._check_contents(envelope)
             acts = peer.session.receive(envelope)
         except RemoteProtocolError as error:
@@ -225,10 +245,41 @@ class Stage:
             return
         if isinstance(envelope.body, m.Attach):
             self._attach(peer, envelope.body)
+        elif repeated:
+            if self._taken.get(envelope.seq) not in (None, envelope.body):
+                self.fail(ClientCheck.NUMBERS, f"number {envelope.seq} was given to two messages")
+            answer = peer.session.answer(envelope.seq)
+            if answer is not None:
+                self._transmit(peer, answer)
         elif peer is self._client:
+            self._taken[envelope.seq] = envelope.body
             self._heard(envelope.body, acts=acts)
         elif isinstance(envelope.body, m.Detach):
             self._transmit(peer, peer.session.send(m.Ended(ErrorCode.DETACHED.value)))
+
+    def _resume(self, stranger: _Peer, envelope: Envelope, body: m.Resume) -> None:
+        """The client goes on over another connection."""
+        peer = self._client
+        if peer is None or stranger is peer:
+            stranger.session.receive(envelope)  # which refuses it
+            return
+        if self.left and not peer.session.attached and envelope.incarnation == peer.session.incarnation:
+            # Its Ended was lost with the connection.
+            code = ErrorCode.STALE_INCARNATION
+            over = RemoteProtocolError(code, "it has left", incarnation=envelope.incarnation)
+            self._transmit(stranger, error_reply(over))
+            return
+        peer.session.receive(envelope)
+        del self._peers[peer.address]
+        self._gone.add(peer.address)
+        peer.address = stranger.address
+        self._peers[peer.address] = peer
+        peer.lost_at = None
+        self._taken.clear()
+        self.exercise(ClientCheck.RESUME)
+        self.judge.resumed(self.now)
+        for again in peer.session.resume(body):
+            self._transmit(peer, again)
 
     def _check_contents(self, envelope: Envelope) -> None:
         refusal = self._runner.machine.refusal(VCPU, envelope.body)
@@ -257,6 +308,8 @@ class Stage:
             check = _BLAMED.get(error.code, ClientCheck.ATTACH)
             check = ClientCheck.FRAMING if check is ClientCheck.FRAMING else ClientCheck.ATTACH
             self.fail(check, f"its first message was refused: {error}")
+        elif error.code is ErrorCode.NOT_RESUMABLE:
+            self.fail(ClientCheck.RESUME, f"its Resume was refused: {error.text}")
         elif error.code is ErrorCode.STALE_INCARNATION and not error.incarnation:
             self.fail(ClientCheck.ATTACH, f"a message without an incarnation, besides Attach: {error.text}")
         else:
@@ -267,8 +320,9 @@ class Stage:
             else:
                 self._transmit(peer, peer.session.send(m.Ended(error.code.value, error.text)))
 
-    @staticmethod
-    def _blamed(error: RemoteProtocolError) -> ClientCheck:
+    def _blamed(self, error: RemoteProtocolError) -> ClientCheck:
+        if self.scene.blame in (ClientCheck.REPEATED, ClientCheck.RESUME):
+            return self.scene.blame  # what is done twice or not at all shows in numbers of all kinds
         return (
             ClientCheck.ACCESSES
             if isinstance(error, _BadContentsError)
@@ -279,7 +333,10 @@ class Stage:
         if attach.role is not m.Role.VCPU:
             self._welcome_other(peer, attach)
             return
-        taken = self._client is not None and self._client is not peer and self._client.session.attached
+        before = self._client
+        taken = before is not None and before is not peer and before.session.attached
+        if taken and before is not None and before.lost_at is not None:
+            self.fail(ClientCheck.RESUME, "it attached anew in the place of resuming, as it said that it can")
         if taken or attach.vcpu not in (None, VCPU):
             code = ErrorCode.UNKNOWN_VCPU if attach.vcpu not in (None, VCPU) else ErrorCode.RUN_FULL
             self._transmit(peer, peer.session.send(m.ErrorReply(code.value, "there is one vCPU, number 0")))
@@ -287,13 +344,15 @@ class Stage:
         self.exercise(ClientCheck.ATTACH)
         self.reattached = self.ended_at is not None
         self._client = peer
+        self._taken.clear()
         peer.ended_at = None
         if self.attached_at is None:
             self.attached_at = self.now
         self._incarnation += 1
         self._runner.submit(Attached(VCPU, self._incarnation))
         peer.timer = HeartbeatTimer(self.scene.heartbeat, self.now)
-        self.send(welcome(self.scene.config, VCPU, self._incarnation, self.scene.heartbeat))
+        token = os.urandom(TOKEN_BYTES) if attach.resumable else b""
+        self.send(welcome(self.scene.config, VCPU, self._incarnation, self.scene.heartbeat, token))
 
     def _welcome_other(self, peer: _Peer, attach: m.Attach) -> None:
         """Probes are welcome; a host agent is nobody's client here."""
@@ -348,6 +407,13 @@ class Stage:
         now = self.now
         self.judge.tick(now)
         for peer in self._peers.values():
+            silent = 0.0 if peer.lost_at is None or not peer.session.attached else now - peer.lost_at
+            if silent > RESUME_INTERVALS * self.scene.heartbeat:
+                peer.lost_at = None
+                self.fail(
+                    ClientCheck.RESUME,
+                    f"it did not resume within {RESUME_INTERVALS} heartbeat intervals without a connection",
+                )
             if peer.timer is not None and peer.session.attached and peer.timer.due(now):
                 self._transmit(peer, peer.session.send(m.Heartbeat()))
         if self.attached:

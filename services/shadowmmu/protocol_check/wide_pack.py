@@ -36,10 +36,12 @@ def _plain(value: object) -> Any:
     if isinstance(value, msgspec.Struct):
         members = {name: _plain(getattr(value, name)) for name in value.__struct_fields__}
         tag = value.__struct_config__.tag
+        if value.__struct_config__.array_like:
+            return list(members.values())
         return members if tag is None else {"t": tag, **members}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return msgspec.to_builtins(value)
+    return msgspec.to_builtins(value, builtin_types=(bytes,))
 
 
 def _number(number: int, choices: random.Random) -> bytes:
@@ -78,6 +80,9 @@ def _value(value: Any, choices: random.Random) -> bytes:
         case str():
             data = value.encode()
             return _sized((0xA0, 32), ((0xD9, 1), (0xDA, 2), (0xDB, 4)), len(data), choices) + data
+        case bytes():
+            forms = ((0xC4, 1), (0xC5, 2), (0xC6, 4))
+            return _sized((0, 0), forms, len(value), choices) + value
         case list():
             return _array(value, choices)
         case dict():

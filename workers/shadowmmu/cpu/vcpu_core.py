@@ -11,7 +11,11 @@ locked operation. Accesses that hit the TLB go into the log, which is shipped be
 When an exit's instruction is executed: INVLPG, register writes, IPIs and HLT are executed by their exit (the next
 Entered only adds `general_protection`); the access of a page fault is executed if the next Entered says `completed`,
 and otherwise executed again, unless a fault was injected. A page fault whose error code does not fit the mask and
-match of Attached does not exit: the program takes it at once. Relies on `tlb` and on the interface in `program`.
+match of Attached does not exit: the program takes it at once.
+
+With every `STATE_INTERVAL`th request that is answered goes the program's state, so that another worker can go on if
+this one is lost: the first Entered of an incarnation brings such a state and the trail since, which the core follows
+before all else (`resume`). Relies on `tlb`, `execution` and the interface in `program`.
 """
 
 from __future__ import annotations
@@ -20,27 +24,33 @@ import enum
 from collections import Counter
 from typing import Final
 
-from shadowmmu.cpu.program import (
-    Halt,
-    Invlpg,
-    LockedAccess,
-    Op,
-    Program,
-    SendIpi,
-    Touches,
-    UsedLoad,
-    WriteRegister,
+from shadowmmu.cpu.execution import (
+    FAULTS,
+    Execution,
+    access_type,
+    exit_of,
+    instruction_of,
 )
+from shadowmmu.cpu.program import Invlpg, LockedAccess, Op, Program, Touches, UsedLoad
+from shadowmmu.cpu.resume import resume, save_state
 from shadowmmu.cpu.tlb import Tlb, TlbEntry, checked_rights, needed_rights
 from shadowmmu.protocol import messages as m
 from shadowmmu.protocol.errors import ErrorCode, RemoteProtocolError
-from shadowmmu.protocol.events import AccessFlag
-from shadowmmu.protocol.messages import LOG_CREDITS, LOG_LIMIT, LoggedAccess, Mutant, RunConfig, VcpuMessage
+from shadowmmu.protocol.messages import (
+    LOG_CREDITS,
+    LOG_LIMIT,
+    STATE_LIMIT,
+    Asked,
+    LoggedAccess,
+    Mutant,
+    RunConfig,
+    VcpuMessage,
+)
 
-__all__ = ["VcpuCore", "instruction_share"]
+__all__ = ["STATE_INTERVAL", "VcpuCore", "instruction_share"]
 
-_USED: Final = int(AccessFlag.USED)
-_LOCKED: Final = int(AccessFlag.USED | AccessFlag.LOCKED | AccessFlag.WRITE)
+STATE_INTERVAL: Final = 64
+"""Requests that are answered (loads, locked operations, exits) from one that brings the program's state to the next."""
 
 
 class _State(enum.Enum):
@@ -67,18 +77,13 @@ class VcpuCore:
 
     def __init__(self, config: RunConfig, vcpu: int, vcpus: int, program: Program) -> None:
         self.vcpu = vcpu
-        self.program = program
         self.tlb = Tlb(config.tlb_sets, config.tlb_ways, config.vpid)
         self.entry = 0
-        self.instructions = 0
-        self.done = False
-        """Its share of the run's instructions is executed; the program only serves interrupts."""
-        self._share = instruction_share(config.ops, vcpu, vcpus)
+        self._execution = Execution(program, instruction_share(config.ops, vcpu, vcpus))
         self._mutant = config.mutant
         self._state = _State.OUTSIDE
         self._wait = _Wait.NOTHING
-        self._faulted = False  # the last exit was a page fault, or an EPT misconfiguration
-        self._halted = False  # the last exit was HLT
+        self._asked = Asked.ENTER  # what the next Entered answers
         self._kicked = False  # a kick of this entry is to be answered
         self._draining = False
         self._walk = 0
@@ -89,8 +94,24 @@ class VcpuCore:
         self._output: list[VcpuMessage] = []
         self._counts: Counter[str] = Counter()
         self._logged = 0
+        self._until_state = STATE_INTERVAL  # requests
 
     # --- what drivers see ----------------------------------------------------------------------------------------
+
+    @property
+    def program(self) -> Program:
+        """What it executes."""
+        return self._execution.program
+
+    @property
+    def instructions(self) -> int:
+        """How many are executed, by this processor and those in whose place it is."""
+        return self._execution.instructions
+
+    @property
+    def done(self) -> bool:
+        """Its share of the run's instructions is executed; the program only serves interrupts."""
+        return self._execution.done
 
     @property
     def waiting(self) -> bool:
@@ -105,7 +126,12 @@ class VcpuCore:
     @property
     def halted(self) -> bool:
         """Outside guest mode after HLT: entered again when there is an interrupt."""
-        return self._state is _State.HANDLING and self._halted
+        return self._state is _State.HANDLING and self._asked is Asked.HALT
+
+    @property
+    def _faulted(self) -> bool:
+        """The last exit was a page fault, or an EPT misconfiguration; the search tells states apart by it."""
+        return self._asked in FAULTS
 
     @property
     def left(self) -> bool:
@@ -118,7 +144,11 @@ class VcpuCore:
         return len(self._log)
 
     def counters(self) -> dict[str, int]:
-        """What the processor and its program did so far, by name."""
+        """What the processor and its program did so far, by name.
+
+        In the place of a processor that was lost: also what that one and its program did up to the last state that it
+        sent. The program's own counters, and `vcpu.instructions`, are exact.
+        """
         counts = {f"vcpu.{name}": count for name, count in sorted(self._counts.items())}
         counts["vcpu.instructions"] = self.instructions
         accesses = self._logged + self._counts["loads"] + self._counts["locked"]
@@ -154,11 +184,12 @@ class VcpuCore:
 
     def run(self, limit: int) -> int:
         """Executes up to `limit` instructions, or until it must wait. How many were executed."""
-        begin = self.instructions
+        execution = self._execution
+        begin = execution.instructions
         end = begin + limit
-        while self.instructions < end and not self.waiting:
+        while execution.instructions < end and not self.waiting:
             self._execute_next(end)
-        return self.instructions - begin
+        return execution.instructions - begin
 
     # --- messages ------------------------------------------------------------------------------------------------
 
@@ -181,7 +212,7 @@ class VcpuCore:
                 self._state = _State.LEFT
             case m.Attached():
                 self._pfec_mask, self._pfec_match = body.pfec_mask, body.pfec_match
-            case m.Heartbeat() | m.HostReply() | m.ErrorReply():
+            case m.Resumed() | m.Heartbeat() | m.HostReply() | m.ErrorReply():
                 pass
 
     def _entered(self, message: m.Entered) -> None:
@@ -189,6 +220,8 @@ class VcpuCore:
             return
         if self._state is not _State.HANDLING or message.entry <= self.entry:
             raise _unexpected(message, f"in state {self._state.value}, entry {self.entry}")
+        if message.resume is not None:
+            self._resume(message, message.resume)
         self._state = _State.IN_GUEST
         self._wait = _Wait.NOTHING
         self._kicked = False
@@ -202,21 +235,28 @@ class VcpuCore:
         if message.flush and self._mutant is not Mutant.ENTRY_FLUSH_SKIPPED:
             self._counts["flushes"] += 1
             self.tlb.flush()
-        faulted, self._faulted = self._faulted, False
+        asked, self._asked = self._asked, Asked.ENTER
         if message.inject is not None:
             self._counts["injected"] += 1
             self.tlb.invalidate(message.inject.cr2)
-            self.program.page_fault(message.inject.error_code, message.inject.cr2)
-        elif message.completed is not None and faulted:
+        elif message.completed is not None and asked in FAULTS:
             self._counts["mmio" if message.completed.mmio else "emulated"] += 1
-            self._retire(self.program.fetch(), message.completed.value)
-        if message.general_protection:
-            self.program.general_protection()
-        for vector in message.interrupts:
-            self._counts["interrupts"] += 1
-            self.program.interrupt(vector)
+        if message.interrupts:
+            self._counts["interrupts"] += len(message.interrupts)
+        self._execution.entered(asked, message)
         if self._log:  # only with the mutant "answer-before-log"
             self._ship()
+
+    def _resume(self, message: m.Entered, resumption: m.Resumption) -> None:
+        """Goes on in the place of a processor that was lost."""
+        if self.entry or self.instructions:
+            raise _unexpected(message, "resumes a program that is being executed")
+        saved = resume(self._execution, resumption)
+        if saved is not None:
+            self._counts.update(saved.counts)
+            self._logged = saved.logged
+        self._counts["resumed"] += 1
+        self._until_state = 1  # should this one be lost too, nobody has to follow the same trail again
 
     def _kick(self, message: m.Kick) -> None:
         if self._state is not _State.IN_GUEST or message.entry != self.entry:
@@ -246,7 +286,7 @@ class VcpuCore:
         self._counts["walks_used"] += 1
         self.tlb.insert(gva, message.pfn, message.level, message.flags)
         # The access uses what its walk found, whatever arrives next.
-        self._execute_next(self.instructions + 1)
+        self._execute_next(self._execution.instructions + 1)
 
     def _walk_fault(self, message: m.WalkFault) -> None:
         if not self._answers_walk(message):
@@ -256,14 +296,13 @@ class VcpuCore:
         error_code = message.error_code
         self.tlb.invalidate(gva)
         if message.misconfig:
-            self._faulted = True
-            self._exit(m.EptMisconfigExit(gva, _instruction(self.program.fetch())))
+            self._exit(m.EptMisconfigExit(gva, instruction_of(self._execution.fetch())), self._state_if_due())
         elif error_code & self._pfec_mask == self._pfec_match:
-            self._faulted = True
-            self._exit(m.PageFaultExit(gva, error_code, _instruction(self.program.fetch())))
+            reason = m.PageFaultExit(gva, error_code, instruction_of(self._execution.fetch()))
+            self._exit(reason, self._state_if_due())
         else:
             self._counts["bypassed"] += 1
-            self.program.page_fault(error_code, gva)
+            self._execution.fault_bypassed(error_code, gva)
 
     def _answers_walk(self, message: m.Walked | m.WalkFault) -> bool:
         if self._wait is _Wait.WALK and message.entry == self.entry and message.walk == self._walk:
@@ -277,8 +316,7 @@ class VcpuCore:
         if self._wait is not _Wait.VALUE or message.entry != self.entry:
             raise _unexpected(message, f"waiting for {self._wait.value} in entry {self.entry}")
         self._wait = _Wait.NOTHING
-        self.instructions += 1
-        self.program.retire(message.value)
+        self._execution.loaded(message.value)
         if self._kicked or self._draining:
             self._interrupted()
 
@@ -288,9 +326,12 @@ class VcpuCore:
         """In guest mode, with a kick to answer or draining: leaves at the next instruction boundary."""
         if self._wait is _Wait.VALUE or (self._wait is _Wait.CREDIT and not self._answers_early()):
             return
+        if self._wait is _Wait.WALK and (self._pfec_mask or self._pfec_match):
+            # The walk is abandoned, but the service may have counted on the program to take its fault without an exit.
+            self._until_state = 1
         self._wait = _Wait.NOTHING  # an outstanding walk is abandoned
         if self._answers_early() or self._ship():
-            self._exit(m.ExternalInterruptExit())
+            self._exit(m.ExternalInterruptExit(), self._state_if_due())
             if self._draining:
                 self._detach()
 
@@ -298,12 +339,22 @@ class VcpuCore:
         """Mutant: the kick is answered now, and what is in the log is shipped in the next entry."""
         return self._mutant is Mutant.ANSWER_BEFORE_LOG and not self._draining
 
-    def _exit(self, reason: m.ExitReason) -> None:
-        self._output.append(m.Exit(self.entry, reason))
+    def _exit(self, reason: m.ExitReason, state: bytes | None) -> None:
+        name = m.tag_of(reason)
+        self._output.append(m.Exit(self.entry, reason, state))
         self._state = _State.HANDLING
-        self._halted = isinstance(reason, m.HaltExit)
-        self._counts[f"exits.{reason.__struct_config__.tag}"] += 1
+        self._asked = Asked(name)
+        self._counts[f"exits.{name}"] += 1
         self.tlb.world_switch()
+
+    def _state_if_due(self) -> bytes | None:
+        """The state to go with a request, of before its instruction, if it is time for one."""
+        self._until_state -= 1
+        if self._until_state > 0 or self._log:  # a log is left only with the mutant "answer-before-log"
+            return None
+        self._until_state = STATE_INTERVAL
+        state = save_state(self._execution, dict(self._counts), self._logged)
+        return state if len(state) <= STATE_LIMIT else None
 
     def _detach(self) -> None:
         self._output.append(m.Detach())
@@ -327,12 +378,10 @@ class VcpuCore:
 
     def _execute_next(self, end: int) -> None:
         """Executes the next instruction, or a run of accesses until `instructions` is `end`; or waits for something."""
-        if self.instructions >= self._share and not self.done:
-            self.done = True
-            self.program.idle()
-        op = self.program.fetch()
+        execution = self._execution
+        op = execution.fetch()
         if type(op) is Touches:
-            self._touch(op, end if self.done else min(end, self._share))
+            self._touch(op, end if execution.done else min(end, execution.share))
         else:
             self._execute(op)
 
@@ -343,7 +392,7 @@ class VcpuCore:
         log = self._log
         before = len(log)
         first = run.position
-        last = first + min(LOG_LIMIT - before, end - self.instructions)
+        last = first + min(LOG_LIMIT - before, end - self._execution.instructions)
         tlb = self.tlb
         small, large = tlb.small.get, tlb.large.get
         clock = tlb.clock
@@ -369,8 +418,7 @@ class VcpuCore:
             append((flags | rights, gva, pfn, size, value))
         tlb.clock = clock
         executed = len(log) - before
-        run.position = first + executed
-        self.instructions += executed
+        self._execution.advance(run, executed)
         self._logged += executed
         if missed is not None:
             self._begin_walk(*missed)
@@ -383,36 +431,28 @@ class VcpuCore:
             return
         if not self._ship():
             return
-        reason: m.ExitReason
-        match op:
-            case Invlpg():
-                self.tlb.invalidate(op.gva)
-                reason = m.InvlpgExit(op.gva)
-            case WriteRegister():
-                reason = m.RegisterWriteExit(op.register, op.value)
-            case SendIpi():
-                reason = m.SendIpiExit(op.targets, op.vector)
-            case Halt():
-                reason = m.HaltExit()
-            case _:
-                raise TypeError(f"no instruction: {op!r}")
-        self._retire(op, 0)
-        self._exit(reason)
+        reason = exit_of(op)
+        state = self._state_if_due()
+        if isinstance(op, Invlpg):
+            self.tlb.invalidate(op.gva)
+        self._execution.retire(op, 0)
+        self._exit(reason, state)
 
     def _access_for_value(self, op: UsedLoad | LockedAccess) -> None:
-        flags = _access_type(op)
+        flags = access_type(op)
         entry = self.tlb.lookup(op.gva)
         if entry is None or entry.flags & checked_rights[flags] != needed_rights[flags]:
             self._begin_walk(op.gva, flags)
         elif self._ship():
             self._wait = _Wait.VALUE
             access = _logged(flags, op, entry)
+            state = self._state_if_due()
             if isinstance(op, LockedAccess):
                 self._counts["locked"] += 1
-                self._output.append(m.Locked(self.entry, access, op.op, op.expected))
+                self._output.append(m.Locked(self.entry, access, op.op, op.expected, state))
             else:
                 self._counts["loads"] += 1
-                self._output.append(m.Load(self.entry, access))
+                self._output.append(m.Load(self.entry, access, state))
 
     def _begin_walk(self, gva: int, flags: int) -> None:
         if self._ship():
@@ -422,35 +462,10 @@ class VcpuCore:
             self._wait = _Wait.WALK
             self._output.append(m.Walk(self.entry, self._walk, gva, flags))
 
-    def _retire(self, op: Op, value: int) -> None:
-        """The instruction `op`, or the access at its position, is executed."""
-        self.instructions += 1
-        if isinstance(op, Touches):
-            op.position += 1
-        else:
-            self.program.retire(value)
-
-
-def _access_type(op: UsedLoad | LockedAccess) -> int:
-    return op.flags | (_LOCKED if isinstance(op, LockedAccess) else _USED)
-
 
 def _logged(flags: int, op: UsedLoad | LockedAccess, entry: TlbEntry) -> LoggedAccess:
     value = op.value if isinstance(op, LockedAccess) else 0
     return flags | entry.flags, op.gva, entry.frame(op.gva), op.size, value
-
-
-def _instruction(op: Op) -> m.Instruction:
-    match op:
-        case Touches():
-            flags, _, size, value = op.items[op.position]
-            return m.Instruction(flags, size, value)
-        case UsedLoad():
-            return m.Instruction(_access_type(op), op.size)
-        case LockedAccess():
-            return m.Instruction(_access_type(op), op.size, op.value, op.op, op.expected)
-        case _:
-            raise TypeError(f"no access: {op!r}")
 
 
 def _unexpected(message: m.MmuMessage, text: str) -> RemoteProtocolError:

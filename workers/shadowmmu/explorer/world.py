@@ -338,7 +338,7 @@ class World:
 
     def _send(self, number: int) -> None:
         for body in self.cores[number].take_output():
-            assert not isinstance(body, m.Heartbeat | m.Attach | m.HostRequest)
+            assert not isinstance(body, m.Heartbeat | m.Attach | m.Resume | m.HostRequest)
             self._submit(VcpuSent(number, body))
 
     def _submit(self, item: Attached | HostAsked | VcpuSent) -> None:

@@ -8,11 +8,13 @@ import platform
 
 import msgspec
 
+from shadowmmu.client import KeyRole
 from shadowmmu.client.life import LifeOptions, take_part
 from shadowmmu.hostagent.connection import AgentConnection
 from shadowmmu.hostagent.requests import HostRequests, Operations
 from shadowmmu.machine.host_program import HostProgram
 from shadowmmu.protocol.messages import Joined, Role
+from shadowmmu.protocol.states import MMU
 
 __all__ = ["AgentOptions", "run_agent"]
 
@@ -37,6 +39,12 @@ async def run_agent(options: AgentOptions) -> int:
             return HostProgram(config, vcpus) if config.host_rate > 0.0 else None
 
         requests = HostRequests(make_program, asyncio.get_running_loop().time)
-        return AgentConnection(joined.mmu_endpoint, requests, name=options.name, missed=options.missed)
+        return AgentConnection(
+            joined.mmu_endpoint,
+            requests,
+            name=options.name,
+            missed=options.missed,
+            security=options.security.client(KeyRole.HOST, MMU),
+        )
 
     return await take_part(options, Role.HOST, make_part)

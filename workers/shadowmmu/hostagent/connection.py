@@ -1,4 +1,8 @@
-"""The agent's connection to the MMU service: sends the requests, takes in the replies."""
+"""The agent at the MMU service: sends the requests, takes in the replies.
+
+It goes on over another connection when one is lost. If the service has given it up, it attaches anew; what happened to
+the requests under way is then not known, and they are not asked for again: the host's program does not depend on them.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,7 @@ class AgentConnection(Connection):
     default_name = "host"
 
     def __init__(self, address: str, requests: HostRequests, **options: Unpack[ClientOptions]) -> None:
+        options["resumable"] = True
         super().__init__(MMU, address, **options)
         self.attached = asyncio.Event()
         self.done = asyncio.Event()
@@ -34,17 +39,26 @@ class AgentConnection(Connection):
 
     def open(self) -> None:
         """Attaches."""
-        self.send(m.Attach(m.Role.HOST, self.name))
+        self._opening = m.Attach(m.Role.HOST, self.name, resumable=True)
+        self.send(self._opening)
 
     def start(self, vcpus: int) -> None:
         """The run begins."""
-        self._send_all(self._requests.start(vcpus))
+        requests = self._requests.start(vcpus)
+        if self.session.state is State.SERVING:
+            self._send_all(requests)
+        else:
+            self._requests.forget()  # between two incarnations: the next one asks
 
     def leave(self) -> None:
         """Asks for nothing new, waits for the replies, and detaches; `ended` follows."""
         if self.error is None and not self._leaving:
             self._leaving = True
-            self._send_all(self._requests.drain())
+            requests = self._requests.drain()
+            if self.session.state is State.SERVING:
+                self._send_all(requests)
+            else:
+                self._requests.forget()
             self._detach_if_idle()
 
     def abandon(self, text: str) -> None:  # noqa: ARG002 (a host agent's death concerns nobody)
@@ -55,6 +69,11 @@ class AgentConnection(Connection):
     @property
     def vcpu(self) -> int | None:
         return None
+
+    @property
+    def token(self) -> bytes:
+        """A host agent's is of no use to others."""
+        return b""
 
     @property
     def failure(self) -> str | None:
@@ -85,7 +104,10 @@ class AgentConnection(Connection):
     def _handle(self, body: m.Message) -> None:
         match body:
             case m.Attached():
+                again = self.attached.is_set()
                 self.attached.set()
+                if again and not self._leaving:
+                    self._send_all(self._requests.resume())
                 self._detach_if_idle()
             case m.HostReply():
                 self._send_all(self._requests.replied(body))
@@ -95,6 +117,12 @@ class AgentConnection(Connection):
                 self._fail(RequestRefused(body.code, body.text, body.seq))
             case _:
                 pass
+
+    def _incarnation_lost(self) -> bool:
+        if self._leaving:
+            return False
+        self._requests.forget()
+        return True
 
     def _failed(self, error: ServiceError) -> None:  # noqa: ARG002 (it is kept in `error`)
         self.ended.set()

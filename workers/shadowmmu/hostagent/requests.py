@@ -66,6 +66,15 @@ class HostRequests:
         self._draining = True
         return [self._request(m.TestAge(0), paced=False)] if self._sent else []
 
+    def forget(self) -> None:
+        """The incarnation in which requests were made is over: what became of those under way is not known."""
+        self._sent.clear()
+        self._numbers = 0
+
+    def resume(self) -> list[m.HostRequest]:
+        """There is a new incarnation: goes on with the program."""
+        return self._more()
+
     @property
     def under_way(self) -> int:
         """Requests without reply."""

@@ -1,4 +1,4 @@
-"""The driver on a socket: a DEALER, the loop's timers, and nothing that decides anything.
+"""The driver on a line: connections, the loop's timers, and nothing that decides anything.
 
 Messages that arrive together are handed to the driver together, then the core takes a turn, and what it sends leaves
 with the same turn of the socket. A core that can go on gets its next turn from the loop, which looks at the socket in
@@ -8,15 +8,14 @@ between; one that waits costs nothing until a message comes or its log is due.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable
 
 import structlog
 
-from shadowmmu.client import Endpoint
+from shadowmmu.client import ClientKeys, Plain
+from shadowmmu.client.line import Line
 from shadowmmu.protocol.codec import FROM_MMU
-from shadowmmu.protocol.errors import ErrorCode
-from shadowmmu.vcpu.driver import VcpuDriver
+from shadowmmu.vcpu.driver import Reopen, VcpuDriver
 
 __all__ = ["VcpuConnection"]
 
@@ -29,22 +28,22 @@ class VcpuConnection:
     The events are set once and stay: `attached`, `done` (the vCPU's share is executed), `ended`.
     """
 
-    def __init__(self, driver: VcpuDriver, address: str) -> None:
+    def __init__(self, driver: VcpuDriver, address: str, security: ClientKeys | Plain) -> None:
         self.driver = driver
         self.attached = asyncio.Event()
         self.done = asyncio.Event()
         self.ended = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self._endpoint = Endpoint.dealer(
+        self._line = Line(
+            address,
+            "vcpu",
             self._on_message,
+            self._on_open,
             on_batch=self._on_batch,
-            on_peer_lost=self._on_peer_lost,
             on_failure=self._on_failure,
             hard_limit=FROM_MMU.hard_limit,
-            # The same over reconnections, unlike all others', and not beginning with 0 (those are libzmq's).
-            routing_id=b"vcpu-" + os.urandom(8),
+            security=security,
         )
-        self._address = address
         self._news = False
         self._next_turn: asyncio.Handle | None = None
         self._log_timer: asyncio.TimerHandle | None = None
@@ -54,9 +53,7 @@ class VcpuConnection:
 
     def open(self) -> None:
         """Connects and attaches."""
-        self._endpoint.connect(self._address)
-        self._endpoint.start()
-        self._guarded(self.driver.attach)
+        self._line.open()
         self._arm_ticker()
 
     def start(self, vcpus: int) -> None:
@@ -78,6 +75,10 @@ class VcpuConnection:
         return self.driver.vcpu
 
     @property
+    def token(self) -> bytes:
+        return self.driver.token
+
+    @property
     def failure(self) -> str | None:
         """Why the attachment ended, if not in order."""
         end = self.driver.end
@@ -94,11 +95,14 @@ class VcpuConnection:
         for handle in (self._next_turn, self._log_timer, self._ticker):
             if handle is not None:
                 handle.cancel()
-        await self._endpoint.close(linger)
+        await self._line.close(linger)
 
     # --- called by the loop --------------------------------------------------------------------------------------
 
-    def _on_message(self, _peer: bytes, frames: list[bytes]) -> None:
+    def _on_open(self) -> None:
+        self._guarded(self.driver.opened)
+
+    def _on_message(self, frames: list[bytes]) -> None:
         self._news = True
         try:
             self.driver.received(frames)
@@ -109,10 +113,6 @@ class VcpuConnection:
         if self._news:
             self._news = False
             self._turn()
-
-    def _on_peer_lost(self, _peer: bytes, code: ErrorCode, undelivered: int) -> None:
-        self.driver.fail(f"{undelivered} messages to the MMU service could not be sent: {code.value}")
-        self._look()
 
     def _on_failure(self, error: Exception) -> None:
         _log.error("the connection to the MMU service failed", exc_info=error)
@@ -176,10 +176,13 @@ class VcpuConnection:
     def _look(self) -> None:
         """Sends what there is to send and tells the worker what has changed."""
         driver = self.driver
-        frames_to_send = driver.take_frames()
-        if self._endpoint.error is None:
-            for frames in frames_to_send:
-                self._endpoint.send(b"", frames)
+        for frames in driver.take_frames():
+            self._line.send(frames)
+        reopen, driver.reopen = driver.reopen, None
+        if reopen is Reopen.NOW:
+            self._loop.call_soon(self._line.open)  # not from within a callback of the connection
+        elif reopen is Reopen.LATER:
+            self._loop.call_soon(self._line.open_later)
         if driver.vcpu is not None:
             self.attached.set()
         if driver.done:

@@ -6,12 +6,15 @@ calls `turn` while it returns True (the core can go on), `turn` again at `log_de
 `tick_seconds`; after each of these it sends `take_frames`. The core runs in short turns, so that a kick that arrives is
 seen soon: it is taken at the next instruction boundary of the next turn.
 
-An attachment is over when `end` is set, and it never begins again: a guest cannot go on without what its processor
-had in its registers, so an incarnation that the service has ended is the end of the worker, too.
+Connections come and go: `opened` is called for each new one, and goes on with the incarnation where there is one.
+`reopen` says that another one is wanted: nothing is heard any more, something is missing, or an incarnation is lost.
+Then the worker attaches anew, with a new core, whose program goes on where the service says that the old one got to.
+An attachment is over, for good, when `end` is set.
 """
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
@@ -19,6 +22,7 @@ import msgspec
 
 from shadowmmu.protocol import messages as m
 from shadowmmu.protocol.codec import FROM_MMU, TO_MMU
+from shadowmmu.protocol.continuity import INCARNATION_LOST, NOTHING_TO_RESUME, QUIET_INTERVALS
 from shadowmmu.protocol.errors import ErrorCode, ProtocolError, RemoteProtocolError, error_info
 from shadowmmu.protocol.heartbeat import HeartbeatTimer
 from shadowmmu.protocol.messages import LOG_SECONDS
@@ -34,12 +38,19 @@ TURN_INSTRUCTIONS: Final = 256
 """Most instructions of one turn."""
 TURN_SECONDS: Final = 0.001
 """A turn ends after this long, give or take a slice: until then what the core sends waits, and kicks are not seen."""
+PATIENCE_LOOKS: Final = 16
+"""A pause of our own counts for one sixteenth of our patience, at most."""
 HEARTBEAT_TICKS: Final = 4
 """Looks at the heartbeats per interval."""
+_NO_PLACE_YET: Final = frozenset({ErrorCode.VCPU_TAKEN, ErrorCode.RUN_FULL})
+"""Our own incarnation before may still be there, if its Attached was lost."""
 
 
 class Core(Protocol):
     """What the driver needs of `shadowmmu.cpu.VcpuCore`."""
+
+    entry: int
+    """Of the last guest entry; 0 before the first."""
 
     @property
     def done(self) -> bool: ...
@@ -65,6 +76,13 @@ class Core(Protocol):
     def counters(self) -> dict[str, int]: ...
 
 
+class Reopen(enum.Enum):
+    """When another connection is wanted."""
+
+    NOW = "now"
+    LATER = "later"  # after a pause
+
+
 class End(msgspec.Struct, frozen=True):
     """How an attachment ended. `in_order`: by our own Detach, or before there was one to end."""
 
@@ -73,17 +91,28 @@ class End(msgspec.Struct, frozen=True):
 
 
 class VcpuDriver:
-    """One attachment of a vCPU worker to the MMU service.
+    """The attachment of a vCPU worker to the MMU service, over as many connections and incarnations as it takes.
 
     `name`: of this worker; `make_core(vcpu, vcpus)`: the processor of that vCPU out of so many; `clock`: seconds, of
-    any clock that does not go back; `missed`: heartbeats in a row that the service may leave out.
+    any clock that does not go back; `patience`: seconds of silence after which the service is given up. `place`: the
+    vCPU whose worker we replace, and its token.
     """
 
     def __init__(
-        self, name: str, make_core: Callable[[int, int], Core], clock: Callable[[], float], *, missed: int
+        self,
+        name: str,
+        make_core: Callable[[int, int], Core],
+        clock: Callable[[], float],
+        *,
+        patience: float,
+        place: tuple[int, bytes] | None = None,
     ) -> None:
         self.vcpu: int | None = None
+        self.token = b""
+        """Of the last incarnation."""
         self.end: End | None = None
+        self.reopen: Reopen | None = None
+        """Another connection is wanted; to be taken back by who makes it."""
         self.log_deadline: float | None = None
         """When the log has to be shipped (on the driver's clock), if there is one."""
         self.exit_latency = Latencies()
@@ -91,7 +120,11 @@ class VcpuDriver:
         self._name = name
         self._make_core = make_core
         self._clock = clock
-        self._missed = missed
+        self._patience = HeartbeatTimer(patience / PATIENCE_LOOKS, clock(), missed=PATIENCE_LOOKS)
+        self._place = place
+        self._vcpus: int | None = None  # of the run, once it has begun
+        self._was_done = False
+        self._counters: dict[str, int] = {}  # of the core before, until the next one has taken over
         self._session = Session(MMU, Side.PEER)
         self._timer: HeartbeatTimer | None = None
         self._attached: m.Attached | None = None
@@ -101,12 +134,28 @@ class VcpuDriver:
         self._exit_sent: float | None = None
         self._walk_sent: float | None = None
         self._error_replies = 0
+        self.resumed = 0
+        """How often an incarnation went on over another connection."""
+        self.incarnations_lost = 0
 
     # --- the course of things ------------------------------------------------------------------------------------
 
-    def attach(self) -> None:
-        """Asks for a vCPU."""
-        self._send(m.Attach(m.Role.VCPU, self._name))
+    def opened(self) -> None:
+        """There is a new connection: goes on with the incarnation, or attaches."""
+        if self.end is not None:
+            return
+        self._frames.clear()  # of the connection before
+        session = self._session
+        if session.attached and session.token:
+            self._send(m.Resume(session.token, session.continuity.received))
+        else:
+            self._attach()
+
+    def _attach(self) -> None:
+        self._session = Session(MMU, Side.PEER)
+        self._timer = None
+        vcpu, token = (None, b"") if self._place is None else self._place
+        self._send(m.Attach(m.Role.VCPU, self._name, vcpu, resumable=True, token=token))
 
     @property
     def attached(self) -> bool:
@@ -114,8 +163,13 @@ class VcpuDriver:
 
     def start(self, vcpus: int) -> None:
         """The run begins, with `vcpus` vCPUs."""
-        if self._core is not None or self._draining or self.end is not None:
+        if self._vcpus is not None or self._draining or self.end is not None:
             return
+        self._vcpus = vcpus
+        if self._session.state is State.OUTSIDE:
+            self._start_core(vcpus)
+
+    def _start_core(self, vcpus: int) -> None:
         assert self.vcpu is not None
         assert self._attached is not None
         self._core = self._make_core(self.vcpu, vcpus)
@@ -126,11 +180,27 @@ class VcpuDriver:
         """No more instructions: the core leaves guest mode and detaches."""
         if self._draining or self.end is not None:
             return
+        self._was_done = self.done
         self._draining = True
         if self._core is not None:
             self._core.drain()
         elif self._session.state is State.OUTSIDE:
             self._send(m.Detach())
+
+    def _lose_incarnation(self, text: str) -> None:
+        """What the service has not applied has not happened; another incarnation goes on from there."""
+        if not self.token:
+            self.fail(text)
+            return
+        self._counters = self.counters()
+        self._core = None
+        self._exit_sent = self._walk_sent = self.log_deadline = None
+        assert self.vcpu is not None
+        self._place = (self.vcpu, self.token)
+        self._session = Session(MMU, Side.PEER)
+        self._timer = None
+        self.incarnations_lost += 1
+        self.reopen = Reopen.NOW
 
     def abandon(self, text: str) -> None:
         """Leaves at once, if need be with the core in the middle of something: what it has not shipped has not
@@ -161,12 +231,16 @@ class VcpuDriver:
         try:
             envelope = FROM_MMU.decode(frames)
             act = self._session.receive(envelope)
+            self._patience.heard(now)
             if self._timer is not None:
                 self._timer.heard(now)
             if act:
                 self._act(envelope.body, now)
         except RemoteProtocolError as error:
-            self.fail(f"the MMU service sent what it may not: {error}")
+            if error.code is ErrorCode.SEQUENCE_GAP and self._session.token:
+                self.reopen = Reopen.NOW  # something was lost on the way
+            else:
+                self.fail(f"the MMU service sent what it may not: {error}")
 
     def turn(self) -> bool:
         """Lets the core execute for about a millisecond; True if it could go on at once."""
@@ -186,6 +260,9 @@ class VcpuDriver:
         if self.log_deadline is None and core.log_pending:
             # Its oldest access is of this turn; and what a turn ships goes out at that turn's end.
             self.log_deadline = began + (LOG_SECONDS - TURN_SECONDS)
+        if self._was_done and core.done:
+            core.drain()  # what the incarnation before had finished is finished again
+            self._ship_output(core)
         return self.attached and not core.waiting
 
     @property
@@ -195,11 +272,18 @@ class VcpuDriver:
 
     def tick(self) -> None:
         """Looks at the heartbeats of both directions."""
-        timer = self._timer
-        if timer is None or self.end is not None:
+        if self.end is not None:
             return
         now = self._clock()
-        if timer.expired(now):
+        timer = self._timer
+        if self._patience.expired(now):
+            self.fail(f"nothing was heard of the MMU service for {self._patience.silence:.1f} s")
+        elif timer is None:
+            pass
+        elif timer.expired(now) and self._session.token:
+            timer.heard(now)  # the next connection has as long
+            self.reopen = Reopen.NOW
+        elif timer.expired(now):
             self.fail(f"nothing was heard of the MMU service for {timer.silence:.1f} s")
         elif timer.due(now):
             self._send(m.Heartbeat())
@@ -218,8 +302,13 @@ class VcpuDriver:
 
     def counters(self) -> dict[str, int]:
         """The core's, and the errors that the service told us of."""
-        counters = {} if self._core is None else self._core.counters()
-        return counters | {"vcpu.error_replies": self._error_replies}
+        core = self._core
+        counters = self._counters if core is None or not core.entry else core.counters()
+        return counters | {
+            "vcpu.error_replies": self._error_replies,
+            "vcpu.resumed": self.resumed,
+            "vcpu.incarnations_lost": self.incarnations_lost,
+        }
 
     def histograms(self) -> dict[str, str]:
         """Latencies in microseconds, as in a Report."""
@@ -243,19 +332,45 @@ class VcpuDriver:
             case m.Loaded() | m.Applied() | m.Kick():
                 self._to_core(body)
             case m.Attached():
-                self.vcpu = body.vcpu
-                self._attached = body
-                self._timer = HeartbeatTimer(body.heartbeat, now, missed=self._missed)
-                if self._draining:
-                    self._send(m.Detach())
+                self._take_place(body, now)
+            case m.Resumed():
+                self.resumed += 1
+                self._frames += [TO_MMU.encode(envelope) for envelope in self._session.lacking(body)]
             case m.ErrorReply():
-                self._error_replies += 1
-                what = "to attach us" if self.vcpu is None else f"message {body.seq} of ours"
-                self.fail(f"the MMU service refused {what}: {body.code}: {body.text}")
+                self._refused(body)
             case m.Ended():
                 self._ended(body)
             case _:
                 pass
+
+    def _take_place(self, attached: m.Attached, now: float) -> None:
+        self.vcpu = attached.vcpu
+        self.token = attached.token
+        self._attached = attached
+        self._timer = HeartbeatTimer(attached.heartbeat, now, missed=QUIET_INTERVALS)
+        if self._draining and not self._was_done:
+            self._send(m.Detach())
+        elif self._vcpus is not None:
+            self._start_core(self._vcpus)
+
+    def _refused(self, refusal: m.ErrorReply) -> None:
+        self._error_replies += 1
+        session = self._session
+        text = f"{refusal.code}: {refusal.text}"
+        if session.attached and refusal.code == ErrorCode.ALREADY_ATTACHED:
+            return  # our Attach came twice
+        if session.resuming and refusal.code in NOTHING_TO_RESUME:
+            if session.state is State.LEAVING and not self._was_done:
+                self.end = End(in_order=True, text="detached")
+            else:
+                self._lose_incarnation(text)
+        elif session.attached and refusal.code in NOTHING_TO_RESUME and session.token:
+            self.reopen = Reopen.NOW  # the service was restarted
+        elif self._place is not None and refusal.code in _NO_PLACE_YET:
+            self.reopen = Reopen.LATER
+        else:
+            what = "to attach us" if self.vcpu is None else f"message {refusal.seq} of ours"
+            self.fail(f"the MMU service refused {what}: {text}")
 
     def _to_core(self, body: m.MmuMessage) -> None:
         if self._core is not None:
@@ -266,8 +381,12 @@ class VcpuDriver:
             self.end = End(in_order=True, text="detached")
             return
         info = error_info(ended.code)
-        text = ended.text or (info.meaning if info is not None else "")
-        self.fail(f"the MMU service ended incarnation {self._session.incarnation}: {ended.code}: {text}")
+        why = ended.text or (info.meaning if info is not None else "")
+        text = f"the MMU service ended incarnation {self._session.incarnation}: {ended.code}: {why}"
+        if ended.code in INCARNATION_LOST:
+            self._lose_incarnation(text)
+        else:
+            self.fail(text)
 
     def _ship_output(self, core: Core) -> bool:
         """Sends what the core has to say; True if a log was among it."""
@@ -292,7 +411,10 @@ class VcpuDriver:
         if self.end is not None:
             return
         try:
-            self._frames.append(TO_MMU.encode(self._session.send(body)))
+            envelope = self._session.send(body)
+            # Until the connection is taken up only Resume goes out; the session keeps the rest.
+            if not self._session.resuming or isinstance(body, m.Resume):
+                self._frames.append(TO_MMU.encode(envelope))
         except ProtocolError as error:
             self.fail(f"we were about to send what we may not: {error}")
             return

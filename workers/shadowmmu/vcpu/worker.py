@@ -8,9 +8,11 @@ import platform
 
 import msgspec
 
+from shadowmmu.client import KeyRole
 from shadowmmu.client.life import LifeOptions, take_part
 from shadowmmu.cpu import VcpuCore, make_program
 from shadowmmu.protocol.messages import Joined, Role
+from shadowmmu.protocol.states import MMU
 from shadowmmu.vcpu.connection import VcpuConnection
 from shadowmmu.vcpu.driver import VcpuDriver
 
@@ -37,7 +39,9 @@ async def run_worker(options: WorkerOptions) -> int:
             return VcpuCore(config, vcpu, vcpus, make_program(config, vcpu, vcpus))
 
         clock = asyncio.get_running_loop().time
-        driver = VcpuDriver(options.name, make_core, clock, missed=options.missed)
-        return VcpuConnection(driver, joined.mmu_endpoint)
+        place = None if joined.vcpu is None else (joined.vcpu, joined.vcpu_token)
+        driver = VcpuDriver(options.name, make_core, clock, patience=options.patience_seconds, place=place)
+        security = options.security.client(KeyRole.VCPU, MMU)
+        return VcpuConnection(driver, joined.mmu_endpoint, security)
 
     return await take_part(options, Role.VCPU, make_part)
