@@ -23,10 +23,11 @@ RUN python -m pip wheel -q --no-deps --no-build-isolation -w dist . \
 
 
 FROM python:3.11-slim
-# Who runs it, and where reports go: a volume mounted there inherits the owner.
+# Who runs it, where reports go, and keys: a volume mounted there inherits owner and mode.
 RUN groupadd --gid 10001 shadowmmu \
     && useradd --uid 10001 --gid 10001 --no-create-home --shell /usr/sbin/nologin shadowmmu \
-    && install -d -o shadowmmu -g shadowmmu /var/lib/shadowmmu
+    && install -d -o shadowmmu -g shadowmmu /var/lib/shadowmmu \
+    && install -d -o shadowmmu -g shadowmmu -m 0700 /etc/shadowmmu/keys
 COPY --from=build /opt/shadowmmu /opt/shadowmmu
 ENV PATH=/opt/shadowmmu/bin:$PATH PYTHONUNBUFFERED=1
 USER shadowmmu
