@@ -20,13 +20,15 @@ BENCH_ARGS ?=
 MUTANTS_ARGS ?=
 STUDY_ARGS ?=
 SOAK_ARGS ?=
+FUZZ_ARGS ?=
+CHAOS_ARGS ?=
 EXHAUSTIVE_ARGS ?=
 CONFORM_FILES ?= $(sort $(shell find tests -name '*.jsonl.gz'))
 
 # What ruff and mypy read, as far as it is there.
 SOURCES = $(wildcard protocol services workers tests benchmarks tools)
 
-.PHONY: help venv stress test check lint types imports drift bench conform coverage mutants study exhaustive soak bugs compose constraints clean
+.PHONY: help venv stress test check lint types imports drift bench conform coverage mutants study exhaustive soak fuzz chaos bugs compose constraints clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
@@ -106,6 +108,12 @@ exhaustive: $(READY) ## all interleavings of every litmus test (EXHAUSTIVE_ARGS)
 
 soak: $(READY) ## long stress runs of fixed and linux-3.1 (SOAK_ARGS); goes on where it was stopped
 	$(BIN)/python -m tools.soak $(SOAK_ARGS)
+
+chaos: $(READY) ## runs in which processes are killed, stopped and cut off (CHAOS_ARGS); goes on where it was stopped
+	$(BIN)/python -m tools.chaos $(CHAOS_ARGS)
+
+fuzz: $(READY) ## coverage-guided fuzzing, an hour in total (FUZZ_ARGS); goes on where it was stopped
+	$(BIN)/python -m tools.fuzz $(FUZZ_ARGS)
 
 bugs: $(READY) ## a page with a diagram per bug, into docs/bugs
 	$(BIN)/python -m tools.bug_pages

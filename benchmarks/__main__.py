@@ -6,8 +6,9 @@ import argparse
 
 from benchmarks.exploration import executions_per_second
 from benchmarks.figures import Figure, print_figures
+from benchmarks.floods import throughput_left
 from benchmarks.model import page_faults
-from benchmarks.service import requests_per_second
+from benchmarks.service import protected_requests_per_second, requests_per_second
 from benchmarks.side_by_side import model_against
 from benchmarks.stress import accesses_per_second
 
@@ -16,7 +17,11 @@ def main() -> None:
     """Runs the benchmarks asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=3, help="measurements per figure")
-    parser.add_argument("--only", choices=["model", "exploration", "service", "stress"], help="only these")
+    parser.add_argument(
+        "--only",
+        choices=["model", "exploration", "service", "protection", "stress", "floods"],
+        help="only these",
+    )
     parser.add_argument(
         "--against", metavar="REVISION", help="the model's speed against this commit's, and no more"
     )
@@ -31,8 +36,12 @@ def main() -> None:
         figures += executions_per_second(arguments.runs)
     if arguments.only in (None, "service"):
         figures += requests_per_second(arguments.runs)
+    if arguments.only in (None, "protection"):
+        figures += protected_requests_per_second(arguments.runs)
     if arguments.only in (None, "stress"):
         figures += accesses_per_second(arguments.runs)
+    if arguments.only == "floods":  # takes minutes
+        figures += throughput_left(arguments.runs)
     print_figures(figures)
 
 
