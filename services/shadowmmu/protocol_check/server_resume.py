@@ -40,8 +40,9 @@ def _lost_on_its_way(_lab: Lab, peer: Peer, body: m.VcpuMessage) -> m.Resumed:
 
 
 def _answer_lost(lab: Lab, peer: Peer, body: m.VcpuMessage) -> m.Resumed:
-    """The service gets it, and its answer is lost."""
+    """The service gets it, and its answer is lost: unread, in the socket that is closed."""
     peer.send(body)
+    peer.socket.poll(round(lab.patience * 1000))
     lab.barrier()
     resumed = peer.resume()
     sent = peer.session.continuity.sent
