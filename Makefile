@@ -14,7 +14,9 @@ READY := $(VENV)/.ready
 # What `make stress`, `make test`, `make bench`, `make mutants` and `make conform` are to do.
 STRESS_ARGS ?= --vcpus 4 --ops 200000 --workload mixed --seed 7
 PYTEST_ARGS ?=
-# Tests without processes and sockets: they run beside one another, the others one after another.
+# Those with processes and sockets wait for each other more than they compute: some more at once than there are cores.
+PROCESS_TESTS_AT_ONCE ?= 3
+# Tests without processes and sockets: they run beside one another, one per core.
 PURE_TESTS := $(addprefix tests/,checker conform cpu explorer kvm machine protocol tools)
 BENCH_ARGS ?=
 MUTANTS_ARGS ?=
@@ -67,7 +69,7 @@ stress: $(READY) ## the main job: a stress run with real processes (STRESS_ARGS)
 test: $(READY) ## the tests (PYTEST_ARGS: only what these say)
 ifeq ($(strip $(PYTEST_ARGS)),)
 	$(BIN)/python -m pytest -n auto $(PURE_TESTS)
-	$(BIN)/python -m pytest $(addprefix --ignore=,$(PURE_TESTS))
+	$(BIN)/python -m pytest -n $(PROCESS_TESTS_AT_ONCE) $(addprefix --ignore=,$(PURE_TESTS))
 else
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 endif

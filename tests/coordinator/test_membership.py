@@ -173,6 +173,48 @@ class TestReplacements:
         again(run, 1, "late", m.Role.VCPU)
         assert run.refusals("late") == [ErrorCode.NOT_RESUMABLE]
 
+    def test_the_mmu_service_has_the_last_word_on_tokens(self) -> None:
+        """A worker that was given up joins again with its old token, attaches anew, and dies before it says the new one."""
+        run = Run(vcpus=2)
+        run.gather(1)
+        run.join(1, m.Role.VCPU)
+        run.receive(1, m.Ready(vcpu=1, token=b"first"))
+        run.receive(MMU, m.Progress({}, tokens=[(0, b"of another"), (1, b"second")]))
+        again(run, 1, "same", m.Role.VCPU)
+        run.receive("same", m.Ready(vcpu=1, token=b"first"))
+        run.wait(5.0, MMU, 0)
+        run.receive(NEW, m.Join(m.Role.VCPU, "spare"))
+        assert (joined(run, NEW).vcpu, joined(run, NEW).vcpu_token) == (1, b"second")
+
+    def test_what_a_lost_worker_had_finished_is_to_be_finished_again(self) -> None:
+        """What it had executed and not sent has not happened: the run is not over before another one is there and done."""
+        run = Run(vcpus=2)
+        run.start(2)
+        run.receive(1, m.Progress({"vcpu.instructions": 9}, done=True))
+        run.wait(5.0, MMU, 0)
+        run.receive(0, m.Progress({"vcpu.instructions": 9}, done=True))
+        assert run.phase() is Phase.RUNNING
+        run.receive(NEW, m.Join(m.Role.VCPU, "spare"))
+        run.receive(NEW, m.Ready(vcpu=1))
+        run.receive(NEW, m.Progress({"vcpu.instructions": 8}))
+        assert run.phase() is Phase.RUNNING
+        run.receive(NEW, m.Progress({"vcpu.instructions": 9}, done=True))
+        assert run.sent(NEW, m.Drain) == run.sent(0, m.Drain) == [m.Drain()]
+
+    def test_so_it_is_while_the_run_is_drained(self) -> None:
+        run = Run(vcpus=2)
+        run.start(2)
+        for vcpu in (0, 1):
+            run.receive(vcpu, m.Progress({"vcpu.instructions": 9}, done=True))
+        run.receive(0, m.Report({}))
+        run.wait(5.0, MMU)
+        run.receive(NEW, m.Join(m.Role.VCPU, "spare"))
+        run.receive(NEW, m.Ready(vcpu=1))
+        assert run.sent(NEW, m.Start) == [m.Start(2)]
+        assert run.sent(NEW, m.Drain) == []
+        run.receive(NEW, m.Progress({"vcpu.instructions": 9}, done=True))
+        assert run.sent(NEW, m.Drain) == [m.Drain()]
+
     def test_a_new_process_waits_until_the_death_of_the_old_one_is_noticed(self) -> None:
         run = Run(vcpus=2)
         run.start(2)

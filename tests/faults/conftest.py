@@ -18,6 +18,7 @@ from shadowmmu.coordinator.report import RecoveryReport
 from shadowmmu.protocol.messages import RunConfig, Verdict
 
 OPS = 20_000
+SLOW_OPS = 5_000
 LIMIT_SECONDS = 240.0
 
 Faulty = Callable[..., Awaitable[ChaosResult]]
@@ -57,7 +58,7 @@ async def run_through(
     The callables take a service's address and give the one to connect to. Returns the report, and how children ended that
     did not end in order.
     """
-    wanted = settings()
+    wanted = settings(ops=SLOW_OPS)
     ended: list[str] = []
 
     def on_end(child: Child) -> None:

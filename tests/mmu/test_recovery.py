@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -65,7 +66,8 @@ class Service:
                     return line
 
     async def kill(self) -> None:
-        os.kill(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, signal.SIGKILL)
         await self.process.communicate()
 
     async def stop(self) -> int:

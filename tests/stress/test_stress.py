@@ -110,16 +110,16 @@ def test_audits_after_every_operation_find_nothing(tmp_path: Path) -> None:
     assert status == PASS, report["text"]
 
 
-# Where each defect shows soonest. One run may miss it: what matters is that it is found at all.
+# Where each defect shows soonest. One run may miss it: what matters is that it is found at all. The fourth defect takes
+# many runs; tests/machine looks for it in process.
 MUTANTS: dict[m.Mutant, dict[str, object]] = {
     m.Mutant.FLUSH_NOT_AWAITED: {"workload": "mixed"},
     m.Mutant.ENTRY_FLUSH_SKIPPED: {"workload": "mixed"},
     m.Mutant.ANSWER_BEFORE_LOG: {"workload": "mixed", "host_rate": 30, "park_rate": 0.2},
-    m.Mutant.NOTIFIER_IGNORES_TLBS_DIRTY: {"workload": "sloppy", "host_rate": 60},
 }
 
 
-@pytest.mark.parametrize("mutant", m.Mutant)
+@pytest.mark.parametrize("mutant", MUTANTS)
 def test_each_mutant_ends_a_run_as_violated(tmp_path: Path, mutant: m.Mutant) -> None:
     statuses = []
     for seed in range(12):

@@ -8,7 +8,7 @@ run is, and says again what may have been lost. To its user it is one membership
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final, Protocol, Self, Unpack
 
 from shadowmmu.client.connection import ClientOptions, Connection
@@ -125,10 +125,15 @@ class MemberClient(Connection):
             self._check()
         return self.start
 
-    def progress(self, counters: Mapping[str, int], *, done: bool = False) -> None:
-        """Report counters so far; `done`: our share of the instructions is executed."""
+    def progress(
+        self, counters: Mapping[str, int], *, done: bool = False, tokens: Sequence[tuple[int, bytes]] = ()
+    ) -> None:
+        """Report counters so far; `done`: our share of the instructions is executed.
+
+        `tokens`: from the MMU service, those of all vCPUs that have one.
+        """
         self._check()
-        self._progress = Progress(dict(counters), done)
+        self._progress = Progress(dict(counters), done, list(tokens))
         self._say(self._progress, _WORKING)
 
     def report(

@@ -136,6 +136,8 @@ NOTES: Final[Mapping[str, str]] = {
     "member": "Number of the member, from 1; serves as the incarnation in this conversation's envelopes.",
     "run": "Which run it is, of all that there ever are: random bytes. Empty: it is not said.",
     "Join.member": "The member that joins again; 0: a new one.",
+    "tokens": "From the MMU service: (vCPU, token) of each vCPU whose program another worker may go on with. "
+    "Other members send none.",
     "next_event": "Number of the event with which the MMU service's next batch begins, counted from 0.",
     "config": "The run's configuration.",
     "mmu_endpoint": "ZeroMQ address of the MMU service; empty in the welcome of the MMU service itself.",

@@ -706,11 +706,15 @@ class Start(_Message, tag="start", frozen=True):
     vcpus: Annotated[int, Meta(ge=1, le=256)]
 
 
-class Progress(_Message, tag="progress", frozen=True):
-    """Counters so far. `done`: the member's share of the instructions is executed."""
+class Progress(_Message, tag="progress", frozen=True, omit_defaults=True):
+    """Counters so far. `done`: the member's share of the instructions is executed.
+
+    `tokens`: from the MMU service, (vCPU, token) of each vCPU that another worker may go on with.
+    """
 
     counters: dict[str, U64]
     done: bool = False
+    tokens: Annotated[list[tuple[VcpuId, Token]], Meta(max_length=256)] = []
 
 
 class EventBatch(_Message, tag="event_batch", frozen=True):

@@ -132,6 +132,7 @@ class Roster:
         """The member is absent from now on."""
         self._unseat(member)
         member.absent_reason = text
+        member.done = False
         self._note_absence(member, text, now)
 
     def lose(self, member: Member, text: str, now: float) -> None:

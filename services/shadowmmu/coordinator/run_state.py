@@ -177,6 +177,22 @@ class RunState:
         member.start_sent = True
         self._send(member, m.Start(self.vcpus), now)
 
+    @property
+    def _ends_early(self) -> bool:
+        """Nobody need finish anything."""
+        return bool(self.problems) or self.violation is not None
+
+    def _ask_to_drain(self, member: Member, now: float) -> None:
+        """If it is ready for that: an MMU service that has come back has to know first that the run has begun, and a
+        vCPU that was lost has to finish what its worker before had finished.
+        """
+        ready = {
+            m.Role.MMU: member.start_sent,
+            m.Role.VCPU: member.done or self._ends_early or self.started_at is None,
+        }
+        if member.drained and member.welcomed and ready.get(member.role, True):
+            self._send_drain(member, now)
+
     def _send_drain(self, member: Member, now: float) -> None:
         if member.report is None and not member.drain_sent:
             member.drain_sent = True
@@ -260,8 +276,8 @@ class RunState:
         self._welcome(now)
         if self.phase is Phase.FINISHED:
             self._send(member, m.Finished(self.verdict, self.text[:TEXT_LIMIT]), now)
-        elif member.drained and member.welcomed and member.role is not m.Role.MMU:
-            self._send_drain(member, now)  # whatever it would get ready for is over
+        elif member.role is not m.Role.MMU:
+            self._ask_to_drain(member, now)  # whatever it would get ready for is over
 
     @property
     def _mmu_endpoint(self) -> str:
@@ -313,8 +329,8 @@ class RunState:
         member.ready = True
         if ready.vcpu is not None:
             member.vcpu = ready.vcpu
-        if ready.token:
-            member.vcpu_token = ready.token
+        # The MMU service has the last word (`_progress`): this may be said by a worker that is about to attach anew.
+        member.vcpu_token = member.vcpu_token or ready.token
         if member.report is not None or member.drain_sent:
             return
         under_way = self.phase in (Phase.RUNNING, Phase.DRAINING)
@@ -323,16 +339,21 @@ class RunState:
                 member.started = True
                 self.notes.append(f"{member} joined {self._when(now)}")
             self._send_start(member, now)
-        if member.drained:
-            self._send_drain(member, now)
+        self._ask_to_drain(member, now)
 
     def _progress(self, member: Member, progress: m.Progress, now: float) -> None:
         member.count(progress.counters)
         if member.role is m.Role.MMU and self.phase is Phase.STARTING:
             member.started = True  # it has taken in the Start: workers may begin
+        for vcpu, token in progress.tokens if member.role is m.Role.MMU else ():
+            for worker in self.roster.live(m.Role.VCPU):
+                if worker.vcpu == vcpu:
+                    worker.vcpu_token = token
         if member.role is m.Role.VCPU:
-            member.done = member.done or progress.done
+            # Not for ever: what its worker had executed and not sent, another one executes again.
+            member.done = progress.done
             self._count_instructions(now)
+            self._ask_to_drain(member, now)
 
     def _count_instructions(self, now: float) -> None:
         total = sum(
@@ -429,6 +450,8 @@ class RunState:
             self._drain(now)
         elif self.phase is Phase.DRAINING:
             self.deadline = min(self.deadline, now + self._stage_seconds)
+            for member in self._stage_members():
+                self._ask_to_drain(member, now)
 
     # --- progress of the run ------------------------------------------------------------------------------------
 
@@ -509,9 +532,7 @@ class RunState:
         self.deadline = now + self._stage_seconds
         for member in self._stage_members():
             member.drained = True
-            # An MMU service that has come back has to know first that the run has begun.
-            if member.welcomed and (member.start_sent or member.role is not m.Role.MMU):
-                self._send_drain(member, now)
+            self._ask_to_drain(member, now)
 
     def _next_stage(self, now: float) -> None:
         stages = list(Stage)

@@ -103,6 +103,11 @@ class Peers:
         """The numbers of the vCPUs that are attached."""
         return sorted(self._by_vcpu)
 
+    @property
+    def tokens(self) -> list[tuple[int, bytes]]:
+        """(vCPU, token) of each vCPU that somebody may go on with."""
+        return [(vcpu, token) for vcpu, token in sorted(self._tokens.items()) if token]
+
     # --- coming --------------------------------------------------------------------------------------------------
 
     def place(self, attach: m.Attach) -> Place:

@@ -151,7 +151,12 @@ class _Run:
             fsync=options.fsync,
         )
         prepared = await prepare(startup, *listeners)
-        self._service = MmuService(prepared, joined.heartbeat, on_vcpu_lost=self.member.vcpu_lost)
+        self._service = MmuService(
+            prepared,
+            joined.heartbeat,
+            on_vcpu_attached=self._say_tokens,
+            on_vcpu_lost=self.member.vcpu_lost,
+        )
 
     def _listen(self, first: int, events: list[Event], data: bytes) -> None:
         self.sender.listen(first, events, data)
@@ -202,7 +207,14 @@ class _Run:
     def _progress(self) -> None:
         self.sender.close_batch()
         self._after_batches()
-        self.member.progress(self.service.runner.machine.progress_counters())
+        self._say_tokens()
+
+    def _say_tokens(self) -> None:
+        """At once when there is a new one: whoever replaces that vCPU's worker will need it."""
+        service = self.service
+        if self.member.error is None:
+            counters = service.runner.machine.progress_counters()
+            self.member.progress(counters, tokens=service.peers.tokens)
 
     async def drain_and_report(self) -> None:
         """Finishes what is under way, sends the rest of the events, reports."""

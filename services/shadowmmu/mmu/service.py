@@ -83,8 +83,9 @@ class MmuService:
     """One machine served to its peers.
 
     `prepared`: the machine with its journal, and the peers of an earlier process if it was recovered. `heartbeat`:
-    seconds. `on_vcpu_lost(number, text)` is called when a vCPU is given up. `endpoint` is the user's, who starts it
-    when the service is to hear. A snapshot is taken about every `snapshot_records` records.
+    seconds. `on_vcpu_attached()` is called when a vCPU has got a token, `on_vcpu_lost(number, text)` when one is given
+    up. `endpoint` is the user's, who starts it when the service is to hear. A snapshot is taken about every
+    `snapshot_records` records.
     """
 
     def __init__(
@@ -93,11 +94,13 @@ class MmuService:
         heartbeat: float,
         *,
         snapshot_records: int = SNAPSHOT_RECORDS,
+        on_vcpu_attached: Callable[[], object] = lambda: None,
         on_vcpu_lost: Callable[[int, str], object] = lambda _number, _text: None,
     ) -> None:
         self._journal = prepared.journal
         self._snapshots = prepared.snapshots
         self._heartbeat = heartbeat
+        self._on_vcpu_attached = on_vcpu_attached
         self._on_vcpu_lost = on_vcpu_lost
         self.runner = prepared.runner
         self._config = prepared.runner.machine.config
@@ -308,6 +311,7 @@ class MmuService:
         self.peers.add(peer, incarnation, place.vcpu, token)
         if place.vcpu is not None:
             self.runner.submit(Attached(place.vcpu, incarnation, place.resume, token))
+            self._on_vcpu_attached()
         elif attach.role is m.Role.HOST:
             self.runner.submit(HostAttached(incarnation, token))
         heartbeat = self._heartbeat
