@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 
 import pytest
 import zmq
 
-from shadowmmu.client import RequestRefused, SessionEnded, VcpuClient, probe
+from shadowmmu.client import HostClient, RequestRefused, SessionEnded, VcpuClient, probe
 from shadowmmu.cpu.guest.layout import direct
 from shadowmmu.machine import replay
-from shadowmmu.protocol import VERSION_FRAME
+from shadowmmu.mmu.service import KICK_SECONDS
+from shadowmmu.protocol import MISSED_LIMIT, VERSION_FRAME
 from shadowmmu.protocol import messages as m
 from shadowmmu.protocol.events import AccessFlag
 from tests.mmu.conftest import Served, Until
@@ -223,3 +225,50 @@ async def test_a_journal_that_cannot_be_written_ends_the_service(
             await served.service.failure
     await vcpu.close()
     served.service.failure = asyncio.get_running_loop().create_future()  # it has been seen
+
+
+async def test_a_long_operation_looks_like_no_death(served: Served, until: Until) -> None:
+    """It waits for a vCPU for many intervals, in which nobody has anything to say but that it lives."""
+
+    async def tick() -> None:
+        while True:
+            served.service.tick(time.monotonic())
+            await asyncio.sleep(0.01)
+
+    ticking = asyncio.create_task(tick())
+    vcpu = VcpuClient(served.address, context=served.context)
+    host = HostClient(served.address, context=served.context)
+    await vcpu._open(m.Attach(m.Role.VCPU, "slow", heartbeat=0.1))
+    await host._open(m.Attach(m.Role.HOST, "patient", heartbeat=0.1))
+    async with vcpu, host:
+        await vcpu.enter()
+        await map_page(vcpu)
+        reply = asyncio.ensure_future(host.request(m.Unmap(100)))
+        await vcpu.kicked()
+        heard = host.session.receive_seq
+        await until(lambda: host.session.receive_seq >= heard + 3 * MISSED_LIMIT)
+        assert not reply.done()
+        await vcpu.exit(m.ExternalInterruptExit())
+        assert (await reply).result == 1
+    assert served.lost == []
+    ticking.cancel()
+
+
+async def test_a_vcpu_that_lives_and_answers_no_kick_is_given_up(served: Served) -> None:
+    """Others wait for it in a remote TLB flush."""
+    vcpu = await served.vcpu(missed=1000)
+    async with await served.host() as host:
+        await vcpu.enter()
+        await map_page(vcpu)
+        reply = asyncio.ensure_future(host.request(m.Unmap(100)))
+        await vcpu.kicked()
+        for peer in served.service.peers:
+            peer.timer.heard(time.monotonic() + KICK_SECONDS)
+        served.service.tick(time.monotonic() + KICK_SECONDS)
+        assert (await reply).result == 1
+    ((number, text),) = served.lost
+    assert number == 0
+    assert "no answer to a kick" in text
+    with pytest.raises(SessionEnded, match="given-up"):
+        await vcpu.exit(m.ExternalInterruptExit())
+    await vcpu.close()
