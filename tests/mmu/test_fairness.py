@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
+from shadowmmu.client import RequestRefused
 from shadowmmu.mmu import fairness
 from shadowmmu.mmu.fairness import Fairness, TokenBucket, host_work
 from shadowmmu.protocol import messages as m
+from tests.mmu.conftest import Served
 
 BURST = int(fairness.IDLE_BURST)
 
@@ -77,3 +81,13 @@ def test_work_grows_with_what_is_asked_for() -> None:
     assert host_work(m.UnmapRange(0, 512)) > host_work(m.Unmap(0)) > 0
     assert host_work(m.SetMemoryRegion(1, 0, 512)) > host_work(m.SetMemoryRegion(1, 0, 0)) > 0
     assert host_work(m.ReclaimIdle([1, 2])) > host_work(m.ReclaimIdle([1])) > 0
+
+
+async def test_a_request_that_is_refused_costs_little(served: Served) -> None:
+    """However large what it asks for: the agent's next ones do not wait for work that was not done."""
+    async with await served.host() as host:
+        for _ in range(20):
+            with pytest.raises(RequestRefused):
+                await host.request(m.UnmapRange(3072, 1 << 20))
+        assert not served.service._hosts.waiting
+        assert (await host.request(m.TestAge(100))).result == 0

@@ -67,6 +67,10 @@ class TokenBucket:
         self._level -= cost
         return True
 
+    def give_back(self, cost: float) -> None:
+        """Tokens that were taken for nothing."""
+        self._level = min(self._burst, self._level + cost)
+
 
 class _Sender:
     """What is remembered of one sender; `dropped_until` 0: it is read."""
@@ -126,6 +130,12 @@ class Fairness:
         if known.work is None:
             known.work = TokenBucket(WORK_RATE, WORK_BURST, now)
         return known.work.spend(now, work)
+
+    def give_back(self, sender: bytes, work: float) -> None:
+        """Work that was counted and did not take place."""
+        known = self._senders.get(sender)
+        if known is not None and known.work is not None:
+            known.work.give_back(work)
 
     def _known(self, sender: bytes, now: float) -> _Sender:
         known = self._senders.get(sender)

@@ -21,7 +21,12 @@ __all__ = ["HostRequests"]
 BOOT_TICKET: Final = 0
 """That of the requests that load the guest: nobody is told."""
 REFUSED_WORK: Final = 200
-"""Microseconds that a request costs whose arguments are not usable."""
+"""Microseconds that a request costs whose arguments are not usable; of many words it takes as long to see that."""
+
+
+def _key(incarnation: int) -> bytes:
+    """An agent's name for `Fairness`: the same over all its connections."""
+    return incarnation.to_bytes(8, "big")
 
 
 class HostRequests:
@@ -42,6 +47,7 @@ class HostRequests:
         self._peers = peers
         self._fairness = fairness
         self._waiting: deque[tuple[int, m.HostRequest]] = deque()
+        self._charged: dict[int, int] = {}  # microseconds of work, by ticket
         self.tickets = {} if tickets is None else tickets
         self.last = last
 
@@ -62,11 +68,14 @@ class HostRequests:
         for incarnation, request in waiting:
             if self._peers.incarnation(incarnation) is None:
                 continue
-            refused = self._runner.machine.host_refusal(request.operation) is not None
-            work = REFUSED_WORK if refused else host_work(request.operation)
-            key = incarnation.to_bytes(8, "big")
-            if incarnation not in held and self._fairness.allows_work(key, time.monotonic(), work):
+            work = host_work(request.operation)
+            allowed = incarnation not in held and self._fairness.allows_work(
+                _key(incarnation), time.monotonic(), work
+            )
+            if allowed:
                 self._submit(incarnation, request)
+                if not isinstance(request.operation, m.WritePhys):
+                    self._charged[self.last] = work
             else:
                 held.add(incarnation)
                 self._waiting.append((incarnation, request))
@@ -81,5 +90,8 @@ class HostRequests:
     def answered(self, output: HostDone | HostRefused) -> tuple[Peer, m.HostReply | m.ErrorReply] | None:
         """Who is to be told what of an operation that has returned; None if the agent is gone."""
         incarnation, request = self.tickets.pop(output.ticket, (0, 0))
+        charged = self._charged.pop(output.ticket, 0)
+        if isinstance(output, HostRefused) and charged:
+            self._fairness.give_back(_key(incarnation), max(charged - REFUSED_WORK, 0))
         peer = self._peers.incarnation(incarnation)
         return None if peer is None else (peer, host_answer(peer.session, request, output))
