@@ -232,7 +232,7 @@ static const struct shape shapes[TAGS] = {
 static const struct { uint64_t tags; size_t limit; } directions[DIRECTIONS] = {
     [TO_MMU] = {BIT(ATTACH) | BIT(RESUME) | BIT(ENTER) | BIT(LOG) | BIT(WALK) | BIT(LOAD) | BIT(LOCKED) |
                     BIT(EXIT) | BIT(DETACH) | BIT(HEARTBEAT),
-                128 << 10},
+                256 << 10},
     [FROM_MMU] = {BIT(ATTACHED) | BIT(RESUMED) | BIT(ENTERED) | BIT(WALKED) | BIT(WALK_FAULT) | BIT(LOADED) |
                       BIT(APPLIED) | BIT(KICK) | BIT(ERROR_REPLY) | BIT(ENDED) | BIT(HEARTBEAT),
                   8 << 20},

@@ -270,7 +270,7 @@ const runConfig = struct({
 const error = { code, text, seq: or(u64, 0n), request: or(u64, 0n) };
 const ended = { code, text: or(text, "") };
 const heartbeat = float(0, Infinity, { above: true });
-const state = or(nullable(bytes(64 * 1024)), null);
+const state = or(nullable(bytes(192 * 1024)), null);
 
 const loaded = { entry: u64, value: u64 };
 const walkFault = { entry: u64, walk: u64, error_code: accessFlags, misconfig: or(bool, false) };
@@ -302,7 +302,7 @@ const resumption = struct({
 /** The directions of docs/PROTOCOL.md: what is sent to and from the two services, and the soft limits there. */
 export const DIRECTIONS = {
   "to the MMU service": {
-    limit: 128 * 1024,
+    limit: 256 * 1024,
     tables: {
       attach: {
         role,
@@ -354,7 +354,7 @@ export const DIRECTIONS = {
     tables: {
       join: { role, name: str(1, 64), endpoint: or(text, ""), member: or(u32, 0), token: or(token, none) },
       ready: { vcpu: or(nullable(byte), null), token: or(token, none) },
-      progress: { counters, done: or(bool, false) },
+      progress: { counters, done: or(bool, false), tokens: or(array(tuple(byte, token), 0, 256), []) },
       event_batch: { first: u64, count: u32, data: bin },
       vcpu_lost: { vcpu: byte, text },
       report: { counters, histograms: or(mapOf(anyStr), {}), info: or(mapOf(anyStr), {}) },

@@ -302,7 +302,8 @@ class Stage:
         self._transmit(peer, error_reply(error))
         self.judge.refused(self.now)
         if peer.ended_at is not None and error.code in (ErrorCode.NOT_ATTACHED, ErrorCode.STALE_INCARNATION):
-            if self.reattached or self.now - peer.ended_at > CROSSING_SECONDS:
+            # What was on its way may come even after an Attach over another connection.
+            if self.now - peer.ended_at > CROSSING_SECONDS:
                 self.fail(ClientCheck.ENDED, f"a message of a session that has ended: {error.text}")
         elif not self.attempts or peer.session.state is State.ATTACHING:
             check = _BLAMED.get(error.code, ClientCheck.ATTACH)
