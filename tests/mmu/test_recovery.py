@@ -115,6 +115,42 @@ async def test_a_killed_service_goes_on_where_it_was(service: Service) -> None:
     assert (result.divergence, result.digest) == ("", result.recorded_digest)
 
 
+async def test_a_snapshot_shortens_the_recovery(service: Service) -> None:
+    """What was under way when it was wanted, a flush that waits for a vCPU, has ended before it was taken."""
+    await service.kill()
+    (service.directory / "journal").unlink()
+    await service.start("--snapshot-records=60")
+    async with (
+        await VcpuClient.connect(service.address, resumable=True) as vcpu,
+        await HostClient.connect(service.address, resumable=True) as host,
+    ):
+        await vcpu.enter()
+        access: m.LoggedAccess | None = None
+        for number in range(120):
+            walked = await map_page(vcpu)
+            access = (WRITE, PAGE, walked.pfn, 8, 1)
+            assert await vcpu.locked(access, m.LockedOp.XADD) == number
+            if number % 10 == 0:
+                reply = asyncio.ensure_future(host.request(m.Unmap(100)))
+                await vcpu.kicked()
+                await vcpu.exit(m.ExternalInterruptExit())
+                assert (await reply).result == 1
+        snapshots = list(service.directory.glob("snapshot-*"))
+        assert len(snapshots) == 2
+        await service.kill()
+        await service.start("--snapshot-records=60")
+        recovered = next(line for line in service.said if "recovered" in line)
+        records, replayed = (int(number) for number in re.findall(r"(?:records|replayed)=(\d+)", recovered))
+        assert replayed < records / 2
+        assert access is not None
+        walked = await map_page(vcpu)
+        assert await vcpu.locked((WRITE, PAGE, walked.pfn, 8, 1), m.LockedOp.XADD) == 120
+        assert (await host.request(m.TestAge(100))).result in {0, 1}
+    assert await service.stop() == 0
+    result = replay(service.directory, None)
+    assert (result.divergence, result.digest) == ("", result.recorded_digest)
+
+
 @pytest.mark.parametrize("torn", [1, 7, 40])
 async def test_a_torn_tail_is_cut_off(service: Service, torn: int) -> None:
     async with await VcpuClient.connect(service.address, resumable=True) as vcpu:

@@ -112,6 +112,12 @@ def serve_mmu(
             help="Go on with an unfinished journal in --out (without a coordinator; in a run always).",
         ),
     ] = False,
+    snapshot_records: Annotated[
+        int,
+        typer.Option(
+            "--snapshot-records", min=1, help="Take a snapshot about every so many records of the journal."
+        ),
+    ] = 50_000,
     linger: Linger = 0.0,
     keys: KeysOption = None,
     insecure: InsecureOption = False,
@@ -157,6 +163,7 @@ def serve_mmu(
         security=security,
         fsync=fsync_policy("--fsync", fsync),
         recover=recover,
+        snapshot_records=snapshot_records,
     )
     raise typer.Exit(run_loop(serve(options)))
 

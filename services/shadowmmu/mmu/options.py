@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -10,7 +11,10 @@ from shadowmmu.client import Security
 from shadowmmu.mmu.journal_file import FSYNC_NEVER, FsyncPolicy
 from shadowmmu.protocol.messages import RunConfig
 
-__all__ = ["MmuOptions"]
+__all__ = ["SNAPSHOT_RECORDS", "MmuOptions"]
+
+SNAPSHOT_RECORDS: Final = 50_000
+"""It takes some seconds to replay so many."""
 
 
 class MmuOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,6 +25,7 @@ class MmuOptions(msgspec.Struct, frozen=True, kw_only=True):
     `config` and `vcpus` vCPUs. `out`: folder for the journal; None: no journal is kept. `linger_seconds`: to stay
     after the end of a run, so that a supervisor sees the coordinator end first. `security`: the keys. `fsync`: when
     the disk has to have the journal. `recover`: without a coordinator, go on with an unfinished journal in `out`.
+    `snapshot_records`: journal records from one snapshot to the next.
     """
 
     bind: str
@@ -35,3 +40,4 @@ class MmuOptions(msgspec.Struct, frozen=True, kw_only=True):
     security: Security = Security()
     fsync: FsyncPolicy = FSYNC_NEVER
     recover: bool = False
+    snapshot_records: int = SNAPSHOT_RECORDS

@@ -100,7 +100,7 @@ async def _serve_alone(options: MmuOptions, stop: asyncio.Event) -> int:
         prepared = await prepare(
             Startup(out=options.out, config=config, run=run, heartbeat=options.heartbeat, fsync=options.fsync)
         )
-        service = MmuService(prepared, options.heartbeat)
+        service = MmuService(prepared, options.heartbeat, snapshot_records=options.snapshot_records)
         begin(service)
         service.start(options.vcpus)
         log.info("serving", address=address, vcpus=options.vcpus, profile=config.profile)
@@ -154,6 +154,7 @@ class _Run:
         self._service = MmuService(
             prepared,
             joined.heartbeat,
+            snapshot_records=options.snapshot_records,
             on_vcpu_attached=self._say_tokens,
             on_vcpu_lost=self.member.vcpu_lost,
         )

@@ -39,6 +39,7 @@ from shadowmmu.machine import (
 from shadowmmu.machine.vm_config import welcome
 from shadowmmu.mmu.fairness import Fairness
 from shadowmmu.mmu.host_requests import HostRequests
+from shadowmmu.mmu.options import SNAPSHOT_RECORDS
 from shadowmmu.mmu.peers import Peer, Peers
 from shadowmmu.mmu.recovered import freeze, late_kick
 from shadowmmu.mmu.snapshot_files import SnapshotFiles
@@ -66,8 +67,6 @@ WAITING_SECONDS: Final = 0.005
 VERY_PATIENT_TURNS: Final = 100
 """The same for operations at a point at which nothing has fallen yet."""
 TOKEN_BYTES: Final = 16
-SNAPSHOT_RECORDS: Final = 50_000
-"""From one snapshot to the next; it takes some seconds to replay so many."""
 KICK_SECONDS: Final = 15.0
 """A vCPU that shows signs of life, but does not answer a kick for so long, is given up."""
 SHORTEST_HEARTBEAT: Final = 0.1
