@@ -38,7 +38,7 @@ async def until() -> Until:
 class Served:
     """A service with two vCPUs on loopback; `now` is the time that its heartbeats go by."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, start: bool = True) -> None:
         self.path = path
         self.lost: list[tuple[int, str]] = []
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -58,7 +58,8 @@ class Served:
         )
         self.service.endpoint = self.endpoint
         self.address = self.endpoint.bind("tcp://127.0.0.1:*")
-        self.service.start(VCPUS)
+        if start:
+            self.service.start(VCPUS)
 
     def _peer_lost(self, address: bytes, code: ErrorCode, undelivered: int) -> None:
         self.service.on_peer_lost(address, code, undelivered)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import zmq
@@ -272,3 +273,20 @@ async def test_a_vcpu_that_lives_and_answers_no_kick_is_given_up(served: Served)
     with pytest.raises(SessionEnded, match="given-up"):
         await vcpu.exit(m.ExternalInterruptExit())
     await vcpu.close()
+
+
+async def test_requests_before_the_start_wait_for_it(tmp_path: Path, until: Until) -> None:
+    """They neither run on a machine without a guest, nor are their answers lost among those of its loading."""
+    early = Served(tmp_path / "journal", start=False)
+    try:
+        async with early.endpoint, await early.host() as host:
+            records = early.service.runner.records
+            reply = asyncio.ensure_future(host.request(m.TestAge(100)))
+            (peer,) = early.service.peers
+            await until(lambda: peer.session.request)
+            assert early.service.runner.records == records
+            early.service.start(1)
+            assert (await reply).result == 0
+    finally:
+        early.journal.close()
+        early.context.destroy(linger=0)

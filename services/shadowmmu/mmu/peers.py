@@ -35,7 +35,7 @@ class Peer:
         self.session = Session(MMU, Side.SERVICE)
         self.timer = timer
         self.name = ""
-        self.held: list[m.Enter | m.Detach] = []
+        self.held: list[m.Enter | m.Detach | m.HostRequest] = []
         self.kicked_at: float | None = None
 
     @property

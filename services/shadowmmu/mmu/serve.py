@@ -211,9 +211,11 @@ class _Run:
         self._say_tokens()
 
     def _say_tokens(self) -> None:
-        """At once when there is a new one: whoever replaces that vCPU's worker will need it."""
+        """At once when there is a new one: whoever replaces that vCPU's worker will need it. Not before the start: the
+        first progress says that the guest is loaded.
+        """
         service = self.service
-        if self.member.error is None:
+        if service.started and self.member.error is None:
             counters = service.runner.machine.progress_counters()
             self.member.progress(counters, tokens=service.peers.tokens)
 

@@ -128,6 +128,11 @@ class MmuService:
 
     # --- life ----------------------------------------------------------------------------------------------------
 
+    @property
+    def started(self) -> bool:
+        """The guest is loaded."""
+        return self._started
+
     def start(self, vcpus: int) -> None:
         """The run begins with vCPUs 0 to `vcpus` - 1: loads the guest and lets those enter that have asked. Of a run
         that has begun already it is no news.
@@ -148,7 +153,10 @@ class MmuService:
         for peer in self.peers:
             held, peer.held = peer.held, []
             for body in held:
-                self._submit_vcpu(peer, body)
+                if isinstance(body, m.HostRequest):
+                    self._hosts.ask(peer.session.incarnation, body)
+                else:
+                    self._submit_vcpu(peer, body)
         self._schedule_turn()
 
     async def drain(self) -> str:
@@ -372,11 +380,11 @@ class MmuService:
         if not isinstance(body, m.Heartbeat):
             self._quiet_turns = 0
         match body:
-            case m.HostRequest():
+            case m.HostRequest() if self._started:
                 self._hosts.ask(peer.session.incarnation, body)
             case m.Detach() if peer.vcpu is None:
                 self._end(peer, ErrorCode.DETACHED, "")
-            case m.Enter() | m.Detach() if not self._started:
+            case m.Enter() | m.Detach() | m.HostRequest() if not self._started:
                 peer.held.append(body)
             case m.Exit():
                 if peer.kicked_at is not None:
