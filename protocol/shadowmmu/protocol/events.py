@@ -42,6 +42,7 @@ __all__ = [
     "InvalidationCause",
     "LockReleased",
     "LockTaken",
+    "LockWaited",
     "LockedRead",
     "MmioAccess",
     "NoProgress",
@@ -403,6 +404,12 @@ class DirtyLogStarted(_Base, tag=48, frozen=True):
     slot: int
 
 
+class LockWaited(_Base, tag=49, frozen=True):
+    """Operation `op` waits for mmu_lock, which another one holds; LockTaken is the end of that."""
+
+    op: int
+
+
 class AuditFailed(_Base, tag=50, frozen=True):
     """An mmu_audit check failed."""
 
@@ -458,6 +465,7 @@ Event = (
     | PagingRegisters
     | SlotSettled
     | DirtyLogStarted
+    | LockWaited
     | AuditFailed
     | NoProgress
     | RunEnded

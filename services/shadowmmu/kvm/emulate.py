@@ -102,6 +102,7 @@ def x86_emulate_instruction(vcpu: Vcpu, instruction: Instruction) -> Operation[F
     kind = instruction.kind
     gva = instruction.gva
     kvm = vcpu.kvm
+    kvm.work.emulations += 1
     if kind is not InstructionKind.EXECUTE and _mmio_cached(vcpu, instruction):
         return FaultOutcome(Outcome.MMIO, gpa=vcpu.mmio_gfn << 12 | gva & 0xFFF)
     access = PFERR_USER_MASK if instruction.user else 0

@@ -151,6 +151,7 @@ def gfn_to_pfn_prot(kvm: Kvm, gfn: int, write: bool) -> Operation[tuple[int, boo
     if slot is None:
         return NO_SLOT_PFN, True
     host = kvm.host
+    kvm.work.frame_lookups += 1
     pfn = host.atomic_pfn(slot, gfn)
     if pfn != BAD_PFN:
         return pfn, True

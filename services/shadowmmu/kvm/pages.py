@@ -60,6 +60,8 @@ def kvm_mmu_get_page(  # noqa: PLR0917 - the kernel's arguments
     mmu = vcpu.mmu
     role = shadow_page_role(vcpu, gaddr, level, direct, access)
     need_sync = False
+    kvm.work.page_lookups += 1
+    kvm.work.rmap_entries += 1
     for sp in reversed(kvm.mmu_page_hash.get(gfn, ())):
         need_sync |= sp.unsync
         if sp.role != role:

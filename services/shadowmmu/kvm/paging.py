@@ -152,6 +152,7 @@ def paging_sync_page(vcpu: Vcpu, sp: ShadowPage) -> Operation[bool]:
                 base += sp.quadrant << 9
             entries = slot.dwords
     for index in sorted([index for index, spte in spt.items() if spte] if kvm.bypass_guest_pf else spt):
+        kvm.work.sptes_synced += 1
         if kvm.point_read_guest_memory:
             yield Point.READ_GUEST_MEMORY
         if slot is None or entries is None or sp.gfn + slot.hva_delta & slot.host_mask in kvm.host.absent:

@@ -44,6 +44,7 @@ def rmap_add(slot: KvmMemorySlot, gfn: int, level: int, sptep: int) -> int:
 def rmap_remove(kvm: Kvm, sp: ShadowPage, index: int) -> None:
     """Take the entry out of the reverse map of the frame that the page records for it."""
     gfn = sp.gfn + (index << (9 * (sp.level - 1))) if sp.direct else sp.gfns[index]
+    kvm.work.rmap_entries += 1
     slot = kvm.gfn_to_memslot(gfn)
     if slot is None:
         _rmap_lost(kvm, sp, index, f"frame {gfn}, which is in no slot")
@@ -89,6 +90,7 @@ def drop_spte(kvm: Kvm, sp: ShadowPage, index: int, seen: int | None = None) -> 
     """
     old = sp.spt.pop(index, 0)
     fmt = kvm.spte_format
+    kvm.work.sptes_dropped += 1
     if old & fmt.present_test == 1:
         if (old if seen is None else seen) & fmt.dirty_mask or not fmt.dirty_mask:
             kvm.host.set_pfn_dirty((old & PT64_BASE_ADDR_MASK) >> 12, sp.level)
@@ -116,6 +118,7 @@ def rmap_write_protect(kvm: Kvm, gfn: int) -> Operation[bool]:
     if rmap:
         page_header = kvm.page_header
         for sptep in pte_list_entries(rmap):
+            kvm.work.rmap_entries += 1
             sp = page_header[sptep & ~0xFFF]
             index = (sptep & 0xFFF) >> 3
             spte = sp.spt[index]

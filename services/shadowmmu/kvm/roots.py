@@ -118,6 +118,7 @@ def mmu_check_root(vcpu: Vcpu, root_gfn: int) -> bool:
 
 def kvm_mmu_load(vcpu: Vcpu) -> Operation[bool]:
     """Load a root and synchronise below it; returns whether there is one now. The processor's TLB is then empty."""
+    vcpu.kvm.work.root_loads += 1
     loaded = yield from vcpu.mmu.context.alloc_roots(vcpu)
     if not vcpu.kvm.profile.sync_on_load:  # bug B24 (in 3.1 kvm_mmu_get_page asks for it too)
         return loaded

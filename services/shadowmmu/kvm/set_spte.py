@@ -60,6 +60,7 @@ def make_spte(  # noqa: PLR0917 - the kernel's arguments
     """
     kvm = vcpu.kvm
     fmt = kvm.spte_format
+    kvm.work.sptes_set += 1
     if slot is None:
         return fmt.mmio_spte(gfn, pte_access), False
     spte = PT_PRESENT_MASK | pfn << 12 | fmt.leaf_bits
@@ -263,6 +264,7 @@ def mmu_set_spte(  # noqa: PLR0917 - the kernel's arguments
                 sp.gfns[index] = gfn
             elif gfn != sp.get_gfn(index):
                 _wrong_direct_page(kvm, sp, index, gfn)
+            kvm.work.rmap_entries += 1
             if rmap_add(slot, gfn, sp.level, sp.hpa + (index << 3)) > RMAP_RECYCLE_THRESHOLD:
                 yield from kvm_unmap_rmapp(kvm, slot, sp.level, gfn >> (9 * (sp.level - 1)))
                 yield from kvm_flush_remote_tlbs(kvm)

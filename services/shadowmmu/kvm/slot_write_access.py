@@ -39,6 +39,7 @@ def remove_write_access(kvm: Kvm, slot_id: int) -> Operation[None]:
         if not sp.slot_bitmap & bit:
             continue
         for index, spte in list(sp.spt.items()):
+            kvm.work.rmap_entries += 1
             if spte & present_test != PT_PRESENT_MASK or not (sp.level == 1 or spte & PT_PAGE_SIZE_MASK):
                 continue
             if spte & PT_PAGE_SIZE_MASK:

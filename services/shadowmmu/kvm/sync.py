@@ -94,7 +94,8 @@ def kvm_sync_pages(vcpu: Vcpu, gfn: int) -> Operation[None]:
 def mmu_sync_children(vcpu: Vcpu, parent: ShadowPage, may_resched: bool = True) -> Operation[None]:
     """Synchronise every unsync page below `parent`, 15 or so at a time.
 
-    Between the rounds mmu_lock is dropped and taken again (cond_resched_lock), unless not `may_resched`.
+    Between the rounds mmu_lock is dropped and taken again (cond_resched_lock), unless not `may_resched`, or nobody
+    says that the time slice is over.
     """
     kvm = vcpu.kvm
     path = PagePath(parent)
@@ -109,7 +110,7 @@ def mmu_sync_children(vcpu: Vcpu, parent: ShadowPage, may_resched: bool = True) 
             yield from kvm_sync_page(vcpu, sp, invalid_list, clear_unsync=True)
             path.clear_parents()
         yield from kvm_mmu_commit_zap_page(kvm, invalid_list)
-        if may_resched:
+        if may_resched and kvm.need_resched:
             yield MmuLock.RELEASE
             yield Point.COND_RESCHED_LOCK
             yield MmuLock.ACQUIRE

@@ -53,6 +53,7 @@ def kvm_mmu_mark_parents_unsync(kvm: Kvm, sp: ShadowPage) -> None:
 def kvm_unsync_page(kvm: Kvm, sp: ShadowPage) -> None:
     """Let the guest write the table of `sp` from now on."""
     stat = kvm.stat
+    kvm.work.pages_unsynced += 1
     stat.mmu_unsync += 1
     stat.mmu_unsync_highest = max(stat.mmu_unsync_highest, stat.mmu_unsync)
     sp.unsync = True
@@ -84,6 +85,8 @@ def mmu_need_write_protect(kvm: Kvm, gfn: int, can_unsync: bool) -> bool:
         if sp.level != 1 or (not can_unsync and (kvm.profile.writable_sync_sp or not sp.unsync)):
             return True
         if not sp.unsync:
+            if not kvm.config.oos_shadow:
+                return True
             to_unsync.append(sp)
     if not kvm.profile.lockless_sync_roots:
         kvm.late_unsync += to_unsync  # bug C2: the caller's caller does it, after the entry is writable

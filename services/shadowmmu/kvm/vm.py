@@ -24,6 +24,7 @@ from shadowmmu.kvm.spte import SHADOW_TRAP_NONPRESENT_PTE, SpteFormat, ept_forma
 from shadowmmu.kvm.stats import KvmStat, NotrapStat
 from shadowmmu.kvm.user_memory import UserMemory
 from shadowmmu.kvm.vcpu import Vcpu
+from shadowmmu.kvm.work import Work
 from shadowmmu.protocol.events import Event, SlotsPublished
 from shadowmmu.protocol.messages import MemoryModel, Tdp
 
@@ -37,7 +38,8 @@ class KvmConfig(msgspec.Struct, frozen=True):
     MMIO shadow entries; `guest_maxphyaddr` (32 to 51) where the guest's reserved address bits begin. `tdp`: the format
     of two-dimensional paging, None for shadow paging. `bypass_guest_pf`: the module parameter of that name, in a tree
     that has it. `memory_model`: of the host's processors. `tlbs_dirty_bits` (2 to 32): the width of the int through
-    which notifiers look at tlbs_dirty (bug A11).
+    which notifiers look at tlbs_dirty (bug A11). `oos_shadow`: the module parameter of that name; without it guest
+    tables never go out of sync.
     """
 
     memslots: tuple[MemorySlot, ...]
@@ -49,6 +51,7 @@ class KvmConfig(msgspec.Struct, frozen=True):
     bypass_guest_pf: bool = False
     memory_model: MemoryModel = MemoryModel.SC
     tlbs_dirty_bits: int = 32
+    oos_shadow: bool = True
 
     def check(self) -> None:
         """Raises ConfigError if a machine cannot be made from this."""
@@ -81,6 +84,9 @@ class Kvm:
     `mmio_sptes`: frames without memory get shadow entries of their own. `shadow_trap_nonpresent_pte`: the value of
     entries that a shadow page's `spt` does not hold.
 
+    `need_resched`: an operation that offers to drop mmu_lock for a moment (cond_resched_lock) is taken at its word, so
+    that others may come in between. In a kernel without preemption that is so at the end of a time slice alone.
+
     `late_unsync`: pages that are to become unsync after an entry maps their table writable (only with bug C2).
 
     `page_header` finds a shadow page by the address of its table; `mmu_page_hash` the pages of a guest frame, oldest
@@ -111,6 +117,7 @@ class Kvm:
         "n_max_mmu_pages",
         "n_requested_mmu_pages",
         "n_used_mmu_pages",
+        "need_resched",
         "notrap",
         "page_header",
         "point_gpte_read",
@@ -124,6 +131,7 @@ class Kvm:
         "tlbs_dirty",
         "trace",
         "vcpus",
+        "work",
     )
 
     def __init__(self, config: KvmConfig, trace: Callable[[Event], None] | None = None) -> None:
@@ -146,6 +154,7 @@ class Kvm:
         self.publish_memslots(slots)
         self.stat = KvmStat()
         self.notrap = NotrapStat()
+        self.work = Work()
         self.vcpus: list[Vcpu] = []
         self.page_header: dict[int, ShadowPage] = {}
         self.mmu_page_hash: dict[int, list[ShadowPage]] = {}
@@ -160,6 +169,7 @@ class Kvm:
         self.emulated_stores: set[int] = set()  # vCPUs with one that the shadow does not know of yet
         self.mmu_notifier_seq = 0
         self.mmu_notifier_count = 0
+        self.need_resched = True
         self._next_serial = 0
         self.memory_points = frozenset()
 

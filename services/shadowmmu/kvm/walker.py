@@ -163,6 +163,7 @@ def walk_addr(vcpu: PagingUnit, address: int, access: int) -> Operation[GuestWal
                 break
             if host.absent:
                 yield from sleeping_lookup(kvm, slot, table_gfn)
+            kvm.work.guest_walk_levels += 1
             offset = pte_gpa - (slot.base_gfn << 12)
             pte = slot.words[offset >> 3] if entry_size == 8 else slot.dwords[offset >> 2]
             if not pte & PT_PRESENT_MASK:

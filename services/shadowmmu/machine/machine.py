@@ -464,6 +464,10 @@ class Machine:
         if lane is not None:
             lane.task = task
         self.events.emit(ev.OperationStarted(task.number, task.vcpu, name))
+        self._make_ready(task)
+
+    def _make_ready(self, task: Task) -> None:
+        """The operation can go on."""
         self._ready.append(task)
 
     def _stop(self, task: Task, point: Point | WaitPoint, stop: Stop) -> None:
@@ -509,8 +513,8 @@ class Machine:
                 return
             answer = None
             if effect is MmuLock.RELEASE:
-                self._lock_owner = None
-                self.events.emit(ev.LockReleased(task.number))
+                if not self._release(task):
+                    return
             elif effect is MmuLock.ACQUIRE:
                 if not self._acquire(task):
                     return
@@ -534,7 +538,8 @@ class Machine:
 
     def _wake_busy_waiters(self) -> None:
         """Whoever waits for another operation looks again: one has advanced that was not waiting itself."""
-        self._ready += self._busy_waiters
+        for task in self._busy_waiters:
+            self._make_ready(task)
         self._busy_waiters.clear()
 
     def _park(self, task: Task) -> None:
@@ -561,10 +566,17 @@ class Machine:
             return True
         if self._lock_owner is not None:
             self.counters["lock.waited"] += 1
+            self.events.emit(ev.LockWaited(task.number))
         self.coverage.parked[WaitPoint.MMU_LOCK] += 1
         self._stop(task, WaitPoint.MMU_LOCK, Stop.LOCK)
         self._lock_waiters.append(task)
         return False
+
+    def _release(self, task: Task) -> bool:
+        """mmu_lock is free. True: the operation goes on at once."""
+        self._lock_owner = None
+        self.events.emit(ev.LockReleased(task.number))
+        return True
 
     def _synchronize(self, task: Task) -> bool:
         """True if no operation of a vCPU is under way that would have to be waited for."""
@@ -582,7 +594,7 @@ class Machine:
             task.readers.discard(number)
             if not task.readers:
                 self._srcu_waiters.remove(task)
-                self._ready.append(task)
+                self._make_ready(task)
 
     def _reached(self, task: Task, point: Point) -> bool:
         """True if the operation is parked at the point."""
@@ -653,7 +665,7 @@ class Machine:
                 self._kick_waiters.remove(task)
                 self.events.emit(ev.FlushAnswered(task.number))
                 task.answer = True
-                self._ready.append(task)
+                self._make_ready(task)
 
     # --- what lanes report ---------------------------------------------------------------------------------------
 
@@ -814,15 +826,6 @@ class Machine:
             + (", holding mmu_lock" if task is self._lock_owner else "")
             for task in self.tasks()
         ]
-
-    def progress_counters(self) -> dict[str, int]:
-        """The few counters of the live progress line."""
-        stat = self.kvm.stat
-        return {
-            "kvm.pf_fixed": stat.pf_fixed,
-            "kvm.remote_tlb_flush": stat.remote_tlb_flush,
-            "steps": self.steps,
-        }
 
     def all_counters(self) -> dict[str, int]:
         """Every counter under its name in docs/REPORT.md."""

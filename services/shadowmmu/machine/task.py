@@ -21,6 +21,7 @@ class Stop(enum.Enum):
     PARKED = enum.auto()  # for some steps
     BUSY = enum.auto()  # for another operation on the same page, or on memory slots
     SRCU = enum.auto()  # for operations of vCPUs
+    RELEASE = enum.auto()  # until what it does under mmu_lock is done (virtual time)
 
 
 class Task:
