@@ -9,8 +9,8 @@ RUN python -m venv --without-pip /opt/shadowmmu
 COPY constraints.txt pyproject.toml ./
 COPY requirements requirements
 RUN python -m pip install -q -c constraints.txt -r requirements/build.txt
-RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
-        > requirements/run.txt \
+RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+        print(*project['dependencies'], *project['optional-dependencies']['live'], sep='\n')" > requirements/run.txt \
     && python -m pip --python /opt/shadowmmu/bin/python install -q -c constraints.txt -r requirements/run.txt
 
 COPY LICENSE README.md ./

@@ -35,7 +35,8 @@ class Ablation:
             self.missed_by_others = self._without.feed_all(events) is None
             self.found = self._alone.feed_all(events)
 
-    def goes_on(self, instructions: int) -> bool:
+    def goes_on(self, counters: dict[str, int]) -> bool:
+        instructions = counters.get("vcpu.instructions", 0)
         self._idle = self._idle + 1 if instructions == self._instructions else 0
         self._instructions = instructions
         return self.found is None and self.missed_by_others and self._idle < PATIENCE

@@ -26,7 +26,7 @@ class Run:
             vcpus,
             journal.append,
             self._check,
-            progress=lambda _done: not (stop_at_violation and self.violation),
+            progress=lambda _counters: not (stop_at_violation and self.violation),
         )
         self.journal = b"".join(journal)
 

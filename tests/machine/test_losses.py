@@ -48,7 +48,7 @@ class Run:
         except RemoteProtocolError as error:
             self.refused = error
 
-    def _goes_on(self, _done: int) -> bool:
+    def _goes_on(self, _counters: dict[str, int]) -> bool:
         """A guest that waits for what has been lost would wait for ever."""
         self._patience -= 1
         return self._patience > 0

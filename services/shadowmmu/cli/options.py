@@ -22,6 +22,8 @@ __all__ = [
     "InFolder",
     "InsecureOption",
     "KeysOption",
+    "LiveHold",
+    "LiveOption",
     "LogFormat",
     "LogFormatOption",
     "MemoryModelOption",
@@ -193,6 +195,29 @@ InsecureOption = Annotated[
         envvar="SHADOWMMU_INSECURE",
         help="Without keys, leave this machine all the same: anybody may listen and take part.",
         rich_help_panel=_SECURITY,
+    ),
+]
+_LIVE = "Live page"
+
+LiveOption = Annotated[
+    str | None,
+    typer.Option(
+        "--live",
+        envvar="SHADOWMMU_LIVE",
+        help="Serve a live page of the run, and metrics for Prometheus: PORT (0: any free one) on loopback, or "
+        "ADDRESS:PORT, where anybody who gets there may read.",
+        metavar="[ADDRESS:]PORT",
+        rich_help_panel=_LIVE,
+    ),
+]
+LiveHold = Annotated[
+    float,
+    typer.Option(
+        "--live-hold",
+        min=0.0,
+        envvar="SHADOWMMU_LIVE_HOLD",
+        help="With --live: go on serving the run's last state for so many seconds.",
+        rich_help_panel=_LIVE,
     ),
 ]
 LogFormatOption = Annotated[

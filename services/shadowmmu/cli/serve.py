@@ -18,6 +18,8 @@ from shadowmmu.cli.options import (
     InFolder,
     InsecureOption,
     KeysOption,
+    LiveHold,
+    LiveOption,
     LogFormat,
     LogFormatOption,
     MemoryModelOption,
@@ -34,6 +36,7 @@ from shadowmmu.cli.options import (
     WorkloadOption,
     make_config,
 )
+from shadowmmu.cli.runs import CatalogueOption
 from shadowmmu.cli.usage import check_addresses, check_security, fsync_policy
 from shadowmmu.protocol.messages import Audit, RunConfig
 from shadowmmu.protocol.states import COORDINATOR, MMU
@@ -221,10 +224,14 @@ def serve_coordinator(
     json: Annotated[bool, typer.Option("--json", help="The report as JSON instead of tables.")] = False,
     keys: KeysOption = None,
     insecure: InsecureOption = False,
+    live: LiveOption = None,
+    live_hold: LiveHold = 0.0,
+    catalogue: CatalogueOption = None,
     log_format: LogFormatOption = LogFormat.CONSOLE,
 ) -> None:
     """The coordinator of one run; exit status 0 pass, 1 violated, 2 unknown. The others join it."""
     from shadowmmu.cli.coordinate import coordinate
+    from shadowmmu.cli.live import open_live
     from shadowmmu.client import Security
     from shadowmmu.coordinator import RunSettings
 
@@ -254,7 +261,16 @@ def serve_coordinator(
         config=config, vcpus=vcpus, hosts=hosts, wait_seconds=wait_seconds, stable_seconds=stable_seconds
     )
     status = coordinate(
-        settings, bind, out, security, hold_verdict=hold_verdict, as_json=json, log_format=log_format
+        settings,
+        bind,
+        out,
+        security,
+        hold_verdict=hold_verdict,
+        live=open_live(live),
+        live_hold=live_hold,
+        catalogue=catalogue,
+        as_json=json,
+        log_format=log_format,
     )
     raise typer.Exit(status)
 

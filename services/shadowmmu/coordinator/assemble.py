@@ -19,14 +19,20 @@ from shadowmmu.coordinator.report import (
     violation_report,
 )
 from shadowmmu.coordinator.run_state import RunState
+from shadowmmu.coordinator.series import Series, sampled_counters
 from shadowmmu.protocol.messages import Report, Role
 
 __all__ = ["assemble_report"]
 
 
-def assemble_report(state: RunState, started: str, mode: str) -> RunReport:
-    """The report of a finished run. `started`: wall-clock time, ISO 8601; `mode`: see docs/REPORT.md."""
+def assemble_report(state: RunState, started: str, mode: str, series: Series) -> RunReport:
+    """The report of a finished run. `started`: wall-clock time, ISO 8601; `mode`: see docs/REPORT.md.
+
+    `series` gets its last sample: the counters of the report.
+    """
     counters = merge_counters(member.counters for member in state.members)
+    if state.started_at is not None and state.finished_at is not None:
+        series.add(state.finished_at - state.started_at, sampled_counters(counters))
     histograms, complaints = merge_histograms(
         (str(member), member.report.histograms) for member in state.members if member.report is not None
     )
@@ -60,6 +66,7 @@ def assemble_report(state: RunState, started: str, mode: str) -> RunReport:
         histograms=histograms,
         coverage=coverage_of(counters),
         page_faults=page_faults_of(state.settings.config, counters),
+        series=series.samples,
         members=_member_reports(state),
     )
 

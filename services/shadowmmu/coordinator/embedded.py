@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -25,13 +25,16 @@ from shadowmmu.coordinator.run_types import Phase, RunSettings
 from shadowmmu.coordinator.service import Coordinator, OnProgress
 from shadowmmu.coordinator.supervisor import Supervisor
 
-__all__ = ["LEAVE_SECONDS", "LOG_NAME", "run_embedded", "start_children", "stop_on_signals"]
+__all__ = ["LEAVE_SECONDS", "LOG_NAME", "Shown", "run_embedded", "start_children", "stop_on_signals"]
 
 LOG_NAME: Final = "run.log"
 """The log's file in a run's folder: that of the coordinator and of all children."""
 LOOPBACK: Final = "tcp://127.0.0.1:*"
 LEAVE_SECONDS: Final = 5.0
 """How long the children may take to end by themselves once they were told that the run is over."""
+
+Shown = Callable[[Coordinator], contextlib.AbstractAsyncContextManager[None]]
+"""Makes the context in which a coordinator's run is shown to somebody."""
 
 
 class _View:
@@ -62,11 +65,13 @@ async def run_embedded(
     on_progress: OnProgress | None = None,
     security: Security = Security(),  # noqa: B008 (it cannot change)
     restart: bool = True,
+    shown: Shown | None = None,
 ) -> RunReport:
     """Runs `settings.vcpus` vCPUs and `settings.hosts` host agents to the end, and ends all processes.
 
     `directory` gets the journal; `log_file` everything that the children say. `security`: the keys of all of them.
-    `restart`: children that die are started again; else the run ends as unknown.
+    `restart`: children that die are started again; else the run ends as unknown. `shown`: a context around the run, in
+    which it is shown to somebody.
     """
     assert settings.vcpus is not None
     if not restart:
@@ -80,7 +85,7 @@ async def run_embedded(
     supervisor = Supervisor(
         log_file, _View(coordinator), restart=restart, on_end=on_end, on_given_up=coordinator.fail
     )
-    async with coordinator, supervisor:
+    async with coordinator, supervisor, contextlib.nullcontext() if shown is None else shown(coordinator):
         commands = Commands(
             coordinator=coordinator.bind(LOOPBACK),
             mmu_bind=loopback(free_port()),
@@ -110,24 +115,24 @@ async def start_children(supervisor: Supervisor, commands: Commands, settings: R
 
 
 @contextlib.contextmanager
-def stop_on_signals(coordinator: Coordinator) -> Iterator[None]:
-    """SIGINT and SIGTERM end the run in order; a second one ends it at once."""
+def stop_on_signals(coordinator: Coordinator) -> Iterator[asyncio.Event]:
+    """SIGINT and SIGTERM end the run in order; a second one ends it at once. Gives what the first one sets."""
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
     assert task is not None
-    seen: list[signal.Signals] = []
+    told = asyncio.Event()
 
     def on_signal(number: signal.Signals) -> None:
-        seen.append(number)
-        if len(seen) > 1:
+        if told.is_set():
             task.cancel()
         elif not coordinator.finished:
             coordinator.fail(f"interrupted by {number.name}")
+        told.set()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal, number)
     try:
-        yield
+        yield told
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)

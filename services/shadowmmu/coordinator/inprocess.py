@@ -24,6 +24,7 @@ from shadowmmu.coordinator.report import (
     throughput_of,
     violation_report,
 )
+from shadowmmu.coordinator.series import Series, sampled_counters
 from shadowmmu.machine import JOURNAL_NAME, InProcessResult, run_in_process
 from shadowmmu.protocol.events import Event
 from shadowmmu.protocol.messages import RunConfig, Verdict
@@ -31,6 +32,8 @@ from shadowmmu.protocol.messages import RunConfig, Verdict
 __all__ = ["run_in_this_process"]
 
 LONGEST_WAIT_STEPS = 1 << 30
+SAMPLE_SECONDS = 0.05
+"""Between the first samples of `RunReport.series`."""
 
 
 class _Watcher:
@@ -42,6 +45,7 @@ class _Watcher:
         self._on_progress = on_progress
         self._began = time.monotonic()
         self._events = 0
+        self.series = Series(SAMPLE_SECONDS)
         self.violation: Violation | None = None
 
     @property
@@ -53,20 +57,23 @@ class _Watcher:
         if self._checker is not None and self.violation is None:
             self.violation = self._checker.feed_all(events)
 
-    def progress(self, instructions: int) -> bool:
+    def progress(self, counters: dict[str, int]) -> bool:
         """False: the run is to stop."""
+        seconds = self.seconds
+        if self.series.due(seconds):
+            self.series.add(seconds, sampled_counters(counters | {"events": self._events}))
         if self._on_progress is not None:
             self._on_progress(
                 Snapshot(
                     phase="running",
                     detail="",
-                    instructions=instructions,
+                    instructions=counters.get("vcpu.instructions", 0),
                     ops=self._config.ops,
-                    accesses=0,
-                    page_faults=0,
-                    flushes=0,
+                    accesses=counters.get("accesses.applied", 0),
+                    page_faults=counters.get("exits.page_fault", 0),
+                    flushes=counters.get("kvm.remote_tlb_flush", 0),
                     events=self._events,
-                    seconds=self.seconds,
+                    seconds=seconds,
                 )
             )
         return self.violation is None
@@ -115,6 +122,7 @@ def _report(
         )
     histograms, _ = merge_histograms([("the machine", {"lock_wait_steps": _encode(result.lock_wait_steps)})])
     seconds = Durations(running=round(watcher.seconds, 3))
+    watcher.series.add(watcher.seconds, sampled_counters(counters))
     return RunReport(
         verdict=verdict,
         exit_status=EXIT_STATUS[verdict],
@@ -136,6 +144,7 @@ def _report(
         histograms=histograms,
         coverage=coverage_of(counters),
         page_faults=page_faults_of(config, counters),
+        series=watcher.series.samples,
         members=[],
     )
 

@@ -16,6 +16,7 @@ from shadowmmu.checker import Violation
 from shadowmmu.coordinator.aggregate import HistogramSummary
 from shadowmmu.coordinator.coverage import Coverage
 from shadowmmu.coordinator.page_faults import PageFaultReport
+from shadowmmu.coordinator.series import Sample
 from shadowmmu.protocol.messages import Role, RunConfig, Verdict
 
 __all__ = [
@@ -163,6 +164,7 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     histograms: dict[str, HistogramSummary]
     coverage: Coverage
     page_faults: PageFaultReport | None = None
+    series: list[Sample] = []
     members: list[MemberReport]
 
 

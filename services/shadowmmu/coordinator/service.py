@@ -23,6 +23,7 @@ from typing import Final, Self
 import structlog
 
 from shadowmmu.client import Endpoint, Security, User, forbidden
+from shadowmmu.coordinator.aggregate import merge_counters
 from shadowmmu.coordinator.assemble import assemble_report
 from shadowmmu.coordinator.event_store import EventStore
 from shadowmmu.coordinator.intake import Intake
@@ -32,6 +33,7 @@ from shadowmmu.coordinator.run_state import RunState
 from shadowmmu.coordinator.run_store import RunStore
 from shadowmmu.coordinator.run_types import Forget, Output, Phase, Refuse, RunSettings, Send, Stop, TakeIn
 from shadowmmu.coordinator.saved_run import SavedRun, restore_run, save_run
+from shadowmmu.coordinator.series import Series, sampled_counters
 from shadowmmu.protocol import (
     COORDINATOR,
     FROM_COORDINATOR,
@@ -66,6 +68,8 @@ log = structlog.get_logger("shadowmmu.coordinator")
 class Coordinator:
     """Conducts one run. `bind`, then `await run()`; an async context manager that closes the socket.
 
+    `state` and `series` are for others to look at; `started` is when the run began: wall clock, ISO 8601.
+
     `on_progress` is called a few times per second; `clock` gives seconds and does not go back. `security`: the keys;
     raises KeysError if they cannot be read. `folder`: where to keep what is received, to go on with a run that is there
     and is not finished, and to write the report; raises RunStoreError if that run is another one, and OSError.
@@ -82,11 +86,12 @@ class Coordinator:
         folder: Path | None = None,
     ) -> None:
         self.state = RunState(settings, clock(), lambda: os.urandom(TOKEN_BYTES))
+        self.series = Series(settings.heartbeat / TICKS_PER_HEARTBEAT)
         self._settings = settings
         self._mode = mode
         self._on_progress = on_progress
         self._clock = clock
-        self._started = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self.started = datetime.now(UTC).isoformat(timespec="milliseconds")
         self._intake = Intake(check=settings.config.check)
         self._intake_scheduled = False
         self._sessions: dict[bytes, Session] = {}
@@ -119,7 +124,7 @@ class Coordinator:
             self._go_on(saved, self._events)
 
     def _go_on(self, saved: SavedRun, events: EventStore) -> None:
-        self._started = saved.started
+        self.started = saved.started
         restore_run(self.state, saved, self._clock())
         for batch in events.batches():
             self.state.stream.restore(batch)
@@ -161,7 +166,7 @@ class Coordinator:
                 await ticker
         if self._failure is not None:
             raise self._failure
-        report = assemble_report(self.state, self._started, self._mode)
+        report = assemble_report(self.state, self.started, self._mode, self.series)
         if self._folder is not None:
             write_report(report, self._folder)
         self._save()  # finished: only now, since who finds that starts a new run
@@ -176,6 +181,10 @@ class Coordinator:
         """The process of the members of that name has ended: they may be replaced."""
         self._react(self.state.ended(name, text, self._clock()))
 
+    def now(self) -> float:
+        """The time by the clock of `state`, in seconds."""
+        return self._clock()
+
     @property
     def finished(self) -> bool:
         """The verdict is out."""
@@ -188,10 +197,17 @@ class Coordinator:
             while True:
                 await asyncio.sleep(self._settings.heartbeat / TICKS_PER_HEARTBEAT)
                 self._react(self.state.tick(self._clock()))
+                self._sample()
                 if self._on_progress is not None:
                     self._on_progress(snapshot_of(self.state, self._clock()))
         except Exception as error:  # noqa: BLE001 - of whatever kind: it ends the run
             self._endpoint_failed(error)
+
+    def _sample(self) -> None:
+        started = self.state.started_at
+        if started is not None and self.series.due(seconds := self._clock() - started):
+            counters = merge_counters(member.counters for member in self.state.members)
+            self.series.add(seconds, sampled_counters(counters))
 
     # --- messages -----------------------------------------------------------------------------------------------
 
@@ -266,7 +282,7 @@ class Coordinator:
 
     def _save(self) -> None:
         if self._store is not None:
-            self._store.save(save_run(self.state, self._started, self._clock()))
+            self._store.save(save_run(self.state, self.started, self._clock()))
 
     def _carry_out(self, outputs: list[Output]) -> None:
         for output in outputs:

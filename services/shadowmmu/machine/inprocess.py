@@ -207,13 +207,13 @@ def run_in_process(
     vcpus: int,
     write: Callable[[bytes], object],
     *listeners: EventListener,
-    progress: Callable[[int], bool] | None = None,
+    progress: Callable[[dict[str, int]], bool] | None = None,
     loss_rate: float = 0.0,
 ) -> InProcessResult:
     """Runs `config` with `vcpus` vCPUs to its end.
 
-    `write` receives the journal. `progress` is called now and then with the instructions executed so far; if it
-    returns False the run stops where it is. `loss_rate`: in which share of the rounds a vCPU's worker is lost.
+    `write` receives the journal. `progress` is called now and then with the counters so far; if it returns
+    False the run stops where it is. `loss_rate`: in which share of the rounds a vCPU's worker is lost.
     """
     runner = Runner(config, write, *listeners)
     run = InProcessRun(runner, config, vcpus, loss_rate)
@@ -229,11 +229,7 @@ def run_in_process(
         if not draining and run.work_done():
             draining = True
             run.drain()
-        if (
-            progress is not None
-            and rounds % 64 == 0
-            and not progress(run.counters().get("vcpu.instructions", 0))
-        ):
+        if progress is not None and rounds % 64 == 0 and not progress(run.counters()):
             stopped = True
             break
     digest = runner.finish(stuck=stuck)

@@ -19,7 +19,7 @@ from shadowmmu.client import Endpoint, KeyRole, MemberClient, ServiceError
 from shadowmmu.machine.event_stream import EventListener
 from shadowmmu.mmu.event_sender import EventSender
 from shadowmmu.mmu.options import MmuOptions
-from shadowmmu.mmu.report import mmu_report
+from shadowmmu.mmu.report import mmu_counters, mmu_report
 from shadowmmu.mmu.service import MmuService
 from shadowmmu.mmu.startup import ALONE, Startup, prepare
 from shadowmmu.protocol import COORDINATOR, MMU, TO_MMU, ErrorCode
@@ -216,8 +216,7 @@ class _Run:
         """
         service = self.service
         if service.started and self.member.error is None:
-            counters = service.runner.machine.progress_counters()
-            self.member.progress(counters, tokens=service.peers.tokens)
+            self.member.progress(mmu_counters(service), tokens=service.peers.tokens)
 
     async def drain_and_report(self) -> None:
         """Finishes what is under way, sends the rest of the events, reports."""

@@ -50,7 +50,7 @@ class _Watcher:
         if self.violation is None:
             self.violation = self._checker.feed_all(events)
 
-    def goes_on(self, _instructions: int) -> bool:
+    def goes_on(self, _counters: dict[str, int]) -> bool:
         return self.violation is None
 
 

@@ -1,0 +1,116 @@
+"""The live page in a real browser."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shadowmmu.coordinator.live import LiveAddress, LiveServer
+from tests.live.conftest import WAIT_SECONDS, Browser, Conducted
+
+OpenBrowser = Callable[..., Browser]
+PLOTS = 6
+PATHS = "[...document.querySelectorAll('#plots path')].map((path) => path.getAttribute('d'))"
+
+
+async def until(browser: Browser, condition: str) -> None:
+    async with asyncio.timeout(WAIT_SECONDS):
+        while not await asyncio.to_thread(browser.ask, condition):  # noqa: ASYNC110 (nobody tells when it holds)
+            await asyncio.sleep(0.05)
+
+
+async def text(browser: Browser, selector: str) -> str:
+    return str(await asyncio.to_thread(browser.ask, f"document.querySelector('{selector}').textContent"))
+
+
+async def opened(browser: Browser, page: LiveServer) -> Browser:
+    await asyncio.to_thread(browser.driver.get, page.url)
+    await until(browser, "document.getElementById('link').textContent === 'live'")
+    return browser
+
+
+async def test_plots_are_drawn_and_move_while_the_run_goes_on(
+    conducted: Conducted, page: LiveServer, browser: OpenBrowser, screenshots: Path
+) -> None:
+    conducted.start()
+    for number in range(30):
+        conducted.step(
+            lock__taken=40 + number,
+            lock__waited=number,
+            tlbs_dirty__raised=3,
+            tlbs_dirty__cleared=2,
+            exits__invlpg=number % 7,
+            kvm__pf_fixed=25,
+            kicks__answered=11,
+            point__BEFORE_LOCK__reached=5,
+            point__BEFORE_LOCK__store=1,
+        )
+    window = await opened(await asyncio.to_thread(browser), page)
+    await until(window, f"document.querySelectorAll('#plots svg[role=img] path').length >= {PLOTS}")
+    before = await asyncio.to_thread(window.ask, PATHS)
+    assert isinstance(before, list) and all("NaN" not in path and len(path) > 100 for path in before)
+    assert await asyncio.to_thread(
+        window.ask,
+        "[...document.querySelectorAll('#plots svg[role=img]')].every((plot) => plot.clientWidth > 200 && plot.clientHeight > 100)",
+    )
+    conducted.step(seconds=5.0)
+    await until(window, f"{PATHS}.join() !== {before!r}.join()")
+    assert "15,500" in await text(window, "#members")
+    assert "page_fault" in await text(window, "#exits")
+    assert "never" in await text(window, "#coverage")
+    assert "running" in await text(window, "#phase")
+    await asyncio.to_thread(window.screenshot, screenshots / "live.png")
+    assert await asyncio.to_thread(window.complaints) == []
+
+
+async def test_the_verdict_stays_when_the_run_is_over(
+    conducted: Conducted, browser: OpenBrowser, screenshots: Path
+) -> None:
+    server = LiveServer(LiveAddress.parse("0"))
+    async with server.serving(conducted.coordinator):
+        conducted.start()
+        conducted.step()
+        window = await opened(await asyncio.to_thread(browser), server)
+        conducted.step()
+        conducted.end("somebody ended it")
+    await until(window, "document.getElementById('verdict').textContent === 'unknown'")
+    await until(window, "document.getElementById('link').textContent.startsWith('The run is over')")
+    assert "somebody ended it" in await text(window, "#problems")
+    await asyncio.to_thread(window.screenshot, screenshots / "live-over.png")
+    assert await asyncio.to_thread(window.complaints) == []
+
+
+@pytest.mark.parametrize("dark", [False, True])
+async def test_a_narrow_window_and_the_dark_need_no_scrolling_sideways(
+    conducted: Conducted, page: LiveServer, browser: OpenBrowser, screenshots: Path, dark: bool
+) -> None:
+    conducted.start()
+    for _ in range(4):
+        conducted.step()
+    window = await asyncio.to_thread(browser)
+    await asyncio.to_thread(window.resize, 360, 740)
+    if dark:
+        await asyncio.to_thread(window.dark)
+    await opened(window, page)
+    await until(window, f"document.querySelectorAll('#plots svg[role=img] path').length >= {PLOTS}")
+    assert await asyncio.to_thread(window.ask, "document.documentElement.scrollWidth <= window.innerWidth")
+    back = await asyncio.to_thread(window.ask, "getComputedStyle(document.body).backgroundColor")
+    assert back == ("rgb(20, 23, 26)" if dark else "rgb(255, 255, 255)")
+    await asyncio.to_thread(window.screenshot, screenshots / f"live-narrow-{'dark' if dark else 'light'}.png")
+    assert await asyncio.to_thread(window.complaints) == []
+
+
+async def test_what_a_member_says_is_text_and_runs_nowhere(
+    conducted: Conducted, page: LiveServer, browser: OpenBrowser
+) -> None:
+    evil = "<img src=x onerror=window.evil=1><script>window.evil=1</script>"
+    conducted.gather(name=evil)
+    conducted.state.notes.append(evil)
+    conducted.state.violation = None
+    window = await opened(await asyncio.to_thread(browser), page)
+    await until(window, "document.querySelectorAll('#members tbody tr').length === 3")
+    assert evil in await text(window, "#members")
+    assert evil in await text(window, "#notes")
+    assert await asyncio.to_thread(window.ask, "window.evil ?? null") is None
+    assert await asyncio.to_thread(window.complaints) == []
