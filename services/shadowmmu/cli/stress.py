@@ -6,10 +6,11 @@ which is removed if the run passed, and kept and named if it did not.
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +23,7 @@ from shadowmmu.cli.options import (
     HostRate,
     InFolder,
     KeysOption,
+    LiveOption,
     LogFormat,
     LogFormatOption,
     MemoryModelOption,
@@ -38,12 +40,15 @@ from shadowmmu.cli.options import (
     WorkloadOption,
     make_config,
 )
+from shadowmmu.cli.runs import CatalogueOption, enter_report
 from shadowmmu.cli.usage import bad_value, check_security, make_folder
+from shadowmmu.experiments.catalogue import CATALOGUE_VARIABLE
 from shadowmmu.protocol.messages import Audit, RunConfig, Verdict
 from shadowmmu.protocol.states import Service
 
 if TYPE_CHECKING:
     from shadowmmu.cli.chaos import ChaosReport
+    from shadowmmu.coordinator import RunReport
 
 __all__ = ["stress"]
 
@@ -98,6 +103,8 @@ def stress(
         int, typer.Option("--chaos-rate", min=0, max=1000, help="Faults in the run, with --chaos.")
     ] = 5,
     keys: KeysOption = None,
+    live: LiveOption = None,
+    catalogue: CatalogueOption = None,
     log_format: LogFormatOption = LogFormat.CONSOLE,
 ) -> None:
     """Run guests against the MMU until --ops instructions are executed; exit status 0 pass, 1 violated, 2 unknown.
@@ -108,6 +115,9 @@ def stress(
     """
     if chaos is not None and (in_process or not restart):
         raise bad_value("--chaos", "faults need processes, and their restarts")
+    if live and (chaos is not None or in_process):
+        other = "--in-process" if in_process else "--chaos"
+        raise bad_value("--live", f"a run with {other} has no coordinator that could serve it")
     config = make_config(
         vcpus,
         workload=workload,
@@ -131,8 +141,11 @@ def stress(
         from shadowmmu.client import Security
 
         check_security("--keys", None, lambda: Security(keys).server(Service.COORDINATOR))
+    os.environ.pop(
+        CATALOGUE_VARIABLE, None
+    )  # this run is entered here, not also by a coordinator that it starts
     with _run_folder(out) as folder:
-        status = _stress(
+        status, report = _stress(
             config,
             vcpus,
             folder,
@@ -142,6 +155,7 @@ def stress(
             restart=restart,
             chaos=None if chaos is None else (chaos, chaos_rate),
             keys=keys,
+            live=live,
             log_format=log_format,
         )
         # A defect that was put in on purpose is in no scenario, so there is nothing to be looked for.
@@ -151,6 +165,8 @@ def stress(
             show_postmortem(folder.path, reproduce)
         if out is None and status != 0:
             folder.keep()
+        if report is not None:
+            enter_report(catalogue, "stress", report, folder.path if folder.kept else None)
     raise typer.Exit(status)
 
 
@@ -196,22 +212,27 @@ def _stress(
     restart: bool,
     chaos: tuple[int, int] | None,
     keys: Path | None,
+    live: str | None,
     log_format: LogFormat,
-) -> int:
+) -> tuple[int, RunReport | None]:
+    """Runs; the exit status, and the report if there is one."""
     from shadowmmu.cli.display import LiveProgress, show_report
+    from shadowmmu.cli.live import open_live
     from shadowmmu.cli.logs import logs_to
     from shadowmmu.cli.loop import run_loop
     from shadowmmu.client import Security
-    from shadowmmu.coordinator import RunReport, RunSettings, write_report
+    from shadowmmu.coordinator import RunSettings, write_report
     from shadowmmu.coordinator.embedded import LOG_NAME, run_embedded
     from shadowmmu.coordinator.inprocess import run_in_this_process
 
     report: RunReport | None
     chaos_report: ChaosReport | None = None
+    page = open_live(live)
     log_path = folder.path / LOG_NAME
     log_path.write_bytes(b"")
     # Ours and the children's lines go to one file: both append, so that neither writes over the other.
     with (
+        closing(page) if page is not None else nullcontext(),
         log_path.open("a", encoding="utf-8", buffering=1) as text_log,
         log_path.open("ab", buffering=0) as children_log,
         logs_to(log_format, text_log),
@@ -248,6 +269,7 @@ def _stress(
                     on_progress=progress,
                     security=Security(keys),
                     restart=restart,
+                    shown=None if page is None else page.serving,
                 )
             )
     if chaos_report is not None:
@@ -255,11 +277,11 @@ def _stress(
 
         show_chaos(chaos_report)
     if report is None:
-        return UNKNOWN_STATUS
+        return UNKNOWN_STATUS, None
     write_report(report, folder.path)
     show_report(report, as_json=as_json)
     if report.verdict is Verdict.VIOLATED:
         typer.echo(f"'shadowmmu replay {folder.path}' executes the journal again.", err=True)
     if chaos_report is not None and chaos_report.failures and report.verdict is Verdict.PASS:
-        return UNKNOWN_STATUS
-    return report.exit_status
+        return UNKNOWN_STATUS, report
+    return report.exit_status, report

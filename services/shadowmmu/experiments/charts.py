@@ -1,0 +1,71 @@
+"""The plots that an experiment's file declares, as Altair charts: means over replicates with confidence intervals."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import altair as alt
+import polars as pl
+from altair.typing import ChartType
+
+from shadowmmu.experiments.spec import Plot
+from shadowmmu.experiments.statistics import summary
+
+__all__ = ["declared_chart"]
+
+MOST_TICKS: Final = 12
+"""Values on an axis that all have a tick."""
+_X: Final = "x"
+_Y: Final = "y"
+
+
+def declared_chart(plot: Plot, table: pl.DataFrame) -> ChartType:
+    """The plot of a table of runs that succeeded.
+
+    Over a parameter: a point per mean, joined by lines where x is a number, with bars for the intervals. Over a metric:
+    a point per run.
+    """
+    by = list(dict.fromkeys(name for name in (plot.x, plot.color, plot.facet) if name is not None))
+    means = summary(table, by, [plot.y])
+    # Vega takes dots and brackets in names for paths into objects; so columns are called otherwise here.
+    renamed = {plot.y: _Y, f"{plot.y}.low": "low", f"{plot.y}.high": "high"}
+    columns = [
+        pl.col(plot.x).alias(_X),
+        *(pl.col(old).alias(new) for old, new in renamed.items()),
+        pl.col("runs"),
+    ]
+    if plot.color is not None:
+        columns.append(pl.col(plot.color).cast(pl.String).alias("color"))
+    if plot.facet is not None:
+        columns.append(pl.col(plot.facet).cast(pl.String).alias("facet"))
+    data = means.select(columns)
+    numeric = data.schema[_X].is_numeric()
+    places = sorted(set(data[_X].drop_nulls())) if numeric else []
+    x = alt.X(
+        f"{_X}:{'Q' if numeric else 'N'}",
+        title=plot.x_title or plot.x,
+        scale=_scale(logarithmic=plot.log_x and numeric),
+        axis=alt.Axis(values=places) if 0 < len(places) <= MOST_TICKS else alt.Undefined,
+    )
+    y_title = plot.y_title or plot.y
+    encodings: dict[str, Any] = {"x": x}
+    if plot.color is not None:
+        order = list(dict.fromkeys(data["color"]))
+        encodings["color"] = alt.Color("color:N", title=plot.color, sort=order)
+    scale = _scale(logarithmic=plot.log_y)
+    base = alt.Chart(data).encode(**encodings)
+    marks = base.mark_line(point=True) if numeric else base.mark_point(filled=True, size=60)
+    layers = [
+        marks.encode(y=alt.Y(f"{_Y}:Q", title=y_title, scale=scale), tooltip=[_X, _Y, "low", "high", "runs"]),
+    ]
+    if data["low"].null_count() < data.height:
+        bars = base.transform_filter("datum.low !== null").mark_rule()
+        layers.append(bars.encode(y=alt.Y("low:Q", title=y_title, scale=scale), y2="high:Q"))
+    layered = alt.layer(*layers)
+    if plot.facet is not None:
+        return layered.facet(alt.Facet("facet:N", title=plot.facet, sort=list(dict.fromkeys(data["facet"]))))
+    return layered
+
+
+def _scale(*, logarithmic: bool) -> alt.Scale:
+    return alt.Scale(type="log", nice=False) if logarithmic else alt.Scale(zero=False)
