@@ -17,7 +17,7 @@ PYTEST_ARGS ?=
 # Those with processes and sockets wait for each other more than they compute: some more at once than there are cores.
 PROCESS_TESTS_AT_ONCE ?= 3
 # Tests without processes and sockets: they run beside one another, one per core.
-PURE_TESTS := $(addprefix tests/,checker conform cpu explorer kvm machine protocol tools)
+PURE_TESTS := $(addprefix tests/,checker conform cpu explorer kvm machine protocol timeline tools)
 BENCH_ARGS ?=
 MUTANTS_ARGS ?=
 STUDY_ARGS ?=

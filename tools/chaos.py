@@ -20,7 +20,7 @@ from typing import Final
 
 import msgspec
 
-from shadowmmu.cli.chaos import CHAOS_NAME, ChaosReport
+from shadowmmu.coordinator.chaos_report import CHAOS_NAME, ChaosReport
 from shadowmmu.protocol.messages import Workload
 from tools.ledger import Ledger, run_all
 from tools.revision import revision

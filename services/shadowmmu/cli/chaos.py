@@ -11,49 +11,20 @@ import typer
 
 from shadowmmu.client import Security
 from shadowmmu.coordinator.chaos import COORDINATOR, Fault, plan
+from shadowmmu.coordinator.chaos_report import CHAOS_NAME, ChaosReport, FaultReport
 from shadowmmu.coordinator.chaos_run import ChaosResult, Happened, run_chaos
 from shadowmmu.coordinator.report import REPORT_NAME, RunReport
 from shadowmmu.coordinator.run_types import RunSettings
 from shadowmmu.protocol.messages import Verdict
 
-__all__ = ["CHAOS_NAME", "ChaosReport", "FaultReport", "chaos_run", "proofs", "show_chaos"]
+__all__ = ["chaos_run", "proofs", "show_chaos"]
 
-CHAOS_NAME = "chaos.json"
-"""The file in a run's folder that says which faults there were."""
 EARLIER_SECONDS = 0.5
 """So far apart two processes may notice the same thing."""
 BASE_SECONDS = 180.0
 SECONDS_PER_FAULT = 30.0
 OPS_PER_SECOND = 500.0
 """What bounds a run: far more than it needs on a slow machine."""
-
-
-class FaultReport(msgspec.Struct, frozen=True):
-    """A fault of the plan. `seconds`: when it happened, after the beginning; None: it was not due in time."""
-
-    at: int
-    kind: str
-    target: str
-    stopped_seconds: float
-    seconds: float | None
-    outcome: str
-
-
-class ChaosReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of a chaos run. `failures`: what did not hold; empty if the run came to no harm.
-
-    `lost`, `duplicated`: instructions of the guests' programs that were, as the journal shows.
-    """
-
-    seed: int
-    seconds: float
-    hung: bool
-    restarts: int
-    instructions: int
-    faults: list[FaultReport]
-    lost: int
-    duplicated: int
-    failures: list[str]
 
 
 def chaos_run(

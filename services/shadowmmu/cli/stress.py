@@ -47,8 +47,8 @@ from shadowmmu.protocol.messages import Audit, RunConfig, Verdict
 from shadowmmu.protocol.states import Service
 
 if TYPE_CHECKING:
-    from shadowmmu.cli.chaos import ChaosReport
     from shadowmmu.coordinator import RunReport
+    from shadowmmu.coordinator.chaos_report import ChaosReport
 
 __all__ = ["stress"]
 

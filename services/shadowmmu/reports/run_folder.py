@@ -13,6 +13,7 @@ from typing import Final
 
 import msgspec
 
+from shadowmmu.coordinator.chaos_report import CHAOS_NAME, ChaosReport
 from shadowmmu.coordinator.report import REPORT_NAME, RunReport, decode_report
 from shadowmmu.explorer.diagram import draw
 from shadowmmu.explorer.diagram_svg import render_svg
@@ -21,34 +22,10 @@ from shadowmmu.explorer.repro import REPRO_SUFFIX, ReproError, load_repro, repla
 from shadowmmu.machine import JOURNAL_NAME
 from shadowmmu.reports.errors import ReportError
 
-__all__ = ["ChaosFault", "ChaosRecord", "Reproduction", "RunFolder", "read_run", "read_small_file"]
+__all__ = ["Reproduction", "RunFolder", "read_run", "read_small_file"]
 
-CHAOS_NAME: Final = "chaos.json"
 LARGEST_FILE: Final = 256 << 20
 """Bytes; a report has some hundred thousand."""
-
-
-class ChaosFault(msgspec.Struct, frozen=True):
-    """A fault of chaos.json (docs/CHAOS.md). `seconds`: when it happened; None: the run was over before."""
-
-    at: int
-    kind: str
-    target: str
-    stopped_seconds: float
-    seconds: float | None
-    outcome: str
-
-
-class ChaosRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What is shown of chaos.json."""
-
-    seed: int
-    hung: bool
-    restarts: int
-    faults: list[ChaosFault]
-    lost: int
-    duplicated: int
-    failures: list[str]
 
 
 class Reproduction(msgspec.Struct, frozen=True):
@@ -69,11 +46,11 @@ class RunFolder(msgspec.Struct, frozen=True, kw_only=True):
     path: Path
     report: RunReport
     has_journal: bool
-    chaos: ChaosRecord | str | None
+    chaos: ChaosReport | str | None
     reproductions: list[Reproduction]
 
 
-_chaos_decoder = msgspec.json.Decoder(ChaosRecord)
+_chaos_decoder = msgspec.json.Decoder(ChaosReport)
 
 
 def read_run(path: Path) -> RunFolder:
@@ -114,7 +91,7 @@ def _not_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def _chaos(path: Path) -> ChaosRecord | str | None:
+def _chaos(path: Path) -> ChaosReport | str | None:
     if not path.exists():
         return None
     try:

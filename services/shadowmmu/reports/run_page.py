@@ -10,6 +10,7 @@ from typing import Final
 
 import msgspec
 
+from shadowmmu.coordinator.chaos_report import ChaosReport
 from shadowmmu.coordinator.coverage import Frequency, OutcomeCoverage, PointCoverage
 from shadowmmu.coordinator.report import RecoveryReport, RunReport
 from shadowmmu.protocol.messages import RunConfig, Verdict
@@ -35,7 +36,7 @@ from shadowmmu.reports.page import (
 )
 from shadowmmu.reports.run_command import stress_command
 from shadowmmu.reports.run_comparison import comparison_section
-from shadowmmu.reports.run_folder import ChaosRecord, RunFolder
+from shadowmmu.reports.run_folder import RunFolder
 from shadowmmu.reports.run_series import series_parts
 from shadowmmu.reports.run_violation import violation_section
 
@@ -402,7 +403,7 @@ def _recovery_row(one: RecoveryReport) -> list[Cell]:
     ]
 
 
-def _chaos(chaos: ChaosRecord | str) -> list[Part]:
+def _chaos(chaos: ChaosReport | str) -> list[Part]:
     if isinstance(chaos, str):
         return [Absent(chaos)]
     parts: list[Part] = [Paragraph(f"Failed: {failure}", Tone.BAD) for failure in chaos.failures]
