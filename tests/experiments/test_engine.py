@@ -61,6 +61,19 @@ def test_a_sweep_in_pieces_ends_with_the_same_table(tmp_path: Path) -> None:
     assert digests == [f"{whole.digest}\n"] * 2
 
 
+def test_only_the_metrics_that_are_wanted_are_kept(tmp_path: Path) -> None:
+    stub_sweep(tmp_path, spec_of("metrics = ['len*', 'nothing']\n[fixed]\ntest = 'good'\n"))
+    assert open_sweep(tmp_path).table().columns == [
+        "point",
+        "replicate",
+        "seed",
+        "test",
+        "status",
+        "error",
+        "length",
+    ]
+
+
 def test_a_sweep_that_is_stopped_keeps_what_is_known(tmp_path: Path) -> None:
     spec = spec_of("[fixed]\ntest = 'good'\n[grid]\nops = [1, 2, 3, 4, 5, 6, 7, 8]\n")
     looks = iter([False, True])

@@ -53,6 +53,7 @@ HEAD = 'title = "t"\nkind = "explore"\n'
             "'hue' is no parameter of this sweep; there are ops",
         ),
         (HEAD + "[grid]\nops = [1]\n[[plots]]\ntitle = 'p'\nx = 'f'\ny = 'ops'", "plots[0].y", "'ops' is a parameter"),
+        (HEAD + "metrics = ['k*']\n[grid]\nops = [1]\n[[plots]]\ntitle = 'p'\nx = 'ops'\ny = 'f'", "plots[0].y", "no pattern of metrics keeps 'f'"),
         (HEAD + "analysis = 'guess'", "analysis", "there is none called 'guess'"),
         (HEAD + "replicates = 100000\n[grid]\nops = [1,2,3,4,5,6,7,8,9,10,11]", "grid", "these would be 1100000 runs"),
     ],

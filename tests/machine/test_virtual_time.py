@@ -28,7 +28,7 @@ def workload(
 ) -> TimedConfig:
     """A run of a stress run's workload."""
     run = RunConfig(workload=which, profile=profile, ops=1500 * vcpus, seed=seed, mmu_pages=256)
-    return msgspec.convert({"run": run, "vcpus": vcpus, **more}, TimedConfig, strict=False)
+    return msgspec.convert({"run": run, "vcpus": vcpus, "start_spread": 0, **more}, TimedConfig, strict=False)
 
 
 def load(
@@ -38,7 +38,7 @@ def load(
     config = LoadConfig(load=which, pages=pages)
     memory = max(1024, memory_needed(config, vcpus))
     run = RunConfig(profile=profile, memory_pages=memory, mmu_pages=128 * vcpus)
-    given = {"run": run, "vcpus": vcpus, "load": config, "iterations": 2, **more}
+    given = {"run": run, "vcpus": vcpus, "load": config, "iterations": 2, "start_spread": 0, **more}
     return msgspec.convert(given, TimedConfig, strict=False)
 
 
@@ -185,6 +185,18 @@ def test_host_threads_do_what_they_are_there_for() -> None:
         if isinstance(event, ev.OperationStarted) and event.vcpu < 0
     )
     assert {"host.get_dirty_log", "host.unmap", "host.age"} <= set(names)
+
+
+def test_vcpus_begin_at_times_that_the_seed_draws() -> None:
+    def begins(seed: int) -> list[int]:
+        config = load(Load.FORK, vcpus=4, start_spread=50_000)
+        run = msgspec.structs.replace(config.run, seed=seed)
+        config = msgspec.structs.replace(config, run=run)
+        return [vcpu.causes[Cause.IDLE.value] for vcpu in run_timed(config, COSTS).vcpus]
+
+    assert begins(1) == begins(1)
+    assert begins(1) != begins(2)
+    assert max(begins(1)) <= 50_000
 
 
 def test_256_vcpus_run() -> None:

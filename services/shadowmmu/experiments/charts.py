@@ -15,6 +15,9 @@ __all__ = ["declared_chart"]
 
 MOST_TICKS: Final = 12
 """Values on an axis that all have a tick."""
+NUMBERS: Final = "~s"
+"""Numbers on axes: 1.2M for 1,200,000."""
+PRECISE: Final = ",.5~g"
 _X: Final = "x"
 _Y: Final = "y"
 
@@ -22,8 +25,8 @@ _Y: Final = "y"
 def declared_chart(plot: Plot, table: pl.DataFrame) -> ChartType:
     """The plot of a table of runs that succeeded.
 
-    Over a parameter: a point per mean, joined by lines where x is a number, with bars for the intervals. Over a metric:
-    a point per run.
+    A point is the mean of the runs with the same x, colour and panel, with a bar for its interval; where x is a number
+    (of a parameter, or measured) points are joined by lines.
     """
     by = list(dict.fromkeys(name for name in (plot.x, plot.color, plot.facet) if name is not None))
     means = summary(table, by, [plot.y])
@@ -40,31 +43,38 @@ def declared_chart(plot: Plot, table: pl.DataFrame) -> ChartType:
         columns.append(pl.col(plot.facet).cast(pl.String).alias("facet"))
     data = means.select(columns)
     numeric = data.schema[_X].is_numeric()
-    places = sorted(set(data[_X].drop_nulls())) if numeric else []
-    x = alt.X(
-        f"{_X}:{'Q' if numeric else 'N'}",
-        title=plot.x_title or plot.x,
-        scale=_scale(logarithmic=plot.log_x and numeric),
-        axis=alt.Axis(values=places) if 0 < len(places) <= MOST_TICKS else alt.Undefined,
-    )
-    y_title = plot.y_title or plot.y
-    encodings: dict[str, Any] = {"x": x}
+    encodings: dict[str, Any] = {
+        "x": _x(plot, data) if numeric else alt.X(f"{_X}:N", title=plot.x_title or plot.x)
+    }
     if plot.color is not None:
-        order = list(dict.fromkeys(data["color"]))
-        encodings["color"] = alt.Color("color:N", title=plot.color, sort=order)
-    scale = _scale(logarithmic=plot.log_y)
+        encodings["color"] = alt.Color("color:N", title=plot.color, sort=list(dict.fromkeys(data["color"])))
+    y_title = plot.y_title or plot.y
+    scale, axis = _scale(logarithmic=plot.log_y), alt.Axis(format=NUMBERS)
     base = alt.Chart(data).encode(**encodings)
     marks = base.mark_line(point=True) if numeric else base.mark_point(filled=True, size=60)
-    layers = [
-        marks.encode(y=alt.Y(f"{_Y}:Q", title=y_title, scale=scale), tooltip=[_X, _Y, "low", "high", "runs"]),
+    tooltip = [
+        alt.Tooltip(f"{_X}:{'Q' if numeric else 'N'}", title=plot.x_title or plot.x),
+        alt.Tooltip(f"{_Y}:Q", title=y_title, format=PRECISE),
+        alt.Tooltip("low:Q", title="from", format=PRECISE),
+        alt.Tooltip("high:Q", title="to", format=PRECISE),
+        alt.Tooltip("runs:Q", title="runs"),
     ]
+    layers = [marks.encode(y=alt.Y(f"{_Y}:Q", title=y_title, scale=scale, axis=axis), tooltip=tooltip)]
     if data["low"].null_count() < data.height:
         bars = base.transform_filter("datum.low !== null").mark_rule()
-        layers.append(bars.encode(y=alt.Y("low:Q", title=y_title, scale=scale), y2="high:Q"))
+        layers.append(bars.encode(y=alt.Y("low:Q", title=y_title, scale=scale, axis=axis), y2="high:Q"))
     layered = alt.layer(*layers)
     if plot.facet is not None:
         return layered.facet(alt.Facet("facet:N", title=plot.facet, sort=list(dict.fromkeys(data["facet"]))))
     return layered
+
+
+def _x(plot: Plot, data: pl.DataFrame) -> alt.X:
+    """An axis of numbers; a tick at each of them if they are few."""
+    places = sorted(set(data[_X].drop_nulls()))
+    few = 0 < len(places) <= MOST_TICKS
+    axis = alt.Axis(values=places, grid=False, format=NUMBERS) if few else alt.Axis(format=NUMBERS)
+    return alt.X(f"{_X}:Q", title=plot.x_title or plot.x, scale=_scale(logarithmic=plot.log_x), axis=axis)
 
 
 def _scale(*, logarithmic: bool) -> alt.Scale:

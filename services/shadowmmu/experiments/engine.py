@@ -170,13 +170,19 @@ class _Going:
         """Waits a while, and takes what has ended; False if nothing has. Raises ClusterError."""
         done, _ = wait(self._under_way, LOOK_EVERY, FIRST_COMPLETED)
         for future in done:
-            row = row_of(self._under_way.pop(future), _outcome(future))
+            row = row_of(self._under_way.pop(future), self._kept(_outcome(future)))
             self.ran += 1
             self.failed += row["status"] == Status.FAILED.value
             self._writer.add(row)
         self._writer.flush_now_and_then()
         self._fill()
         return bool(done)
+
+    def _kept(self, outcome: Outcome) -> Outcome:
+        if outcome.metrics is None:
+            return outcome
+        keeps = self._writer.sweep.spec.keeps
+        return Outcome({name: value for name, value in outcome.metrics.items() if keeps(name)})
 
     def give_up(self) -> None:
         for future in self._under_way:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -80,7 +81,7 @@ class SweepSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     The design is every point of `points` (one without parameters if there are none) with every combination of `grid`,
     each with the parameters `fixed`. `timeout`: seconds until a run is given up. `common_random_numbers`: replicate r
-    has the same seed at all points.
+    has the same seed at all points. `metrics`: patterns (`kvm.*`) of those that are kept; all if there are none.
     """
 
     title: Text
@@ -91,6 +92,7 @@ class SweepSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     common_random_numbers: bool = False
     timeout: Annotated[float, msgspec.Meta(gt=0.0, le=1e7)] = 3600.0
     analysis: str | None = None
+    metrics: list[Text] = []
     fixed: dict[str, Value] = {}
     grid: dict[str, list[Value]] = {}
     points: list[dict[str, Value]] = []
@@ -105,6 +107,10 @@ class SweepSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         """Those that differ between points."""
         of_points = dict.fromkeys(name for point in self.points for name in point)
         return [*of_points, *self.grid]
+
+    def keeps(self, metric: str) -> bool:
+        """Whether a metric is kept."""
+        return not self.metrics or any(fnmatchcase(metric, pattern) for pattern in self.metrics)
 
     def runs(self) -> int:
         """How many runs it has, replicates counted."""
@@ -302,6 +308,10 @@ class _Reader:
                         f"plots[{n}].{field}",
                         f"{name!r} is no parameter of this sweep; there are {', '.join(parameters) or 'none'}",
                     )
+            for field in ("x", "y"):
+                name = getattr(plot, field)
+                if name not in parameters and not spec.keeps(name):
+                    raise self._error(f"plots[{n}].{field}", f"no pattern of metrics keeps {name!r}")
             if plot.y in parameters:
                 raise self._error(f"plots[{n}].y", f"{plot.y!r} is a parameter; y is a metric")
 

@@ -45,7 +45,8 @@ class TimedConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     `load`: the guest's program; None means the workload of `run`, to the end of its `ops`. With a load each vCPU
     executes it until all have done `warmup` and then `iterations` iterations, but at most twice as many. Of `run` what
     belongs to schedulers and journals has no meaning here (park_rate, park_steps, host_rate, audit, mutant, check).
-    `oos_shadow`: as KVM's.
+    `start_spread`: each vCPU begins at a time drawn, by the run's seed, from so many cycles. It makes runs of programs
+    that draw nothing themselves differ, as runs of a real machine do. `oos_shadow`: as KVM's.
     """
 
     run: RunConfig
@@ -53,6 +54,7 @@ class TimedConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     load: LoadConfig | None = None
     warmup: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)] = 1
     iterations: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] = 10
+    start_spread: Annotated[int, msgspec.Meta(ge=0, le=1 << 32)] = 100_000
     oos_shadow: bool = True
     host: tuple[HostActor, ...] = ()
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import random
 from collections import Counter, deque
 from collections.abc import Callable
 from functools import partial
@@ -86,6 +87,7 @@ class _Vcpu:
         self.number = number
         self.core = core
         self.program = program
+        self.begin = 0
         self.causes: Counter[Cause] = Counter()
         self.marks: list[int] = []  # when each iteration was over
         self.kick = 0  # the entry in which a kick is to be taken
@@ -185,10 +187,13 @@ class _TimedRun:
             machine.submit(HostAsked(BOOT_TICKET, registers), 0)
         machine.outputs.clear()
         machine.finished.clear()
+        start = random.Random(f"{run.seed} start")
         for vcpu in self._vcpus:
+            vcpu.begin = start.randint(0, config.start_spread)
+            vcpu.causes[Cause.IDLE] += vcpu.begin
             vcpu.core.receive(welcome(run, vcpu.number, 1, heartbeat=0.0))
             vcpu.core.start()
-            self._plan(0, partial(self._deliver, vcpu))
+            self._plan(vcpu.begin, partial(self._deliver, vcpu))
         for host in self._hosts:
             self._plan(host.first, partial(self._ask, host))
 
@@ -531,7 +536,7 @@ class _TimedRun:
             vcpus.append(VcpuTime(sum(causes.values()), causes, marks))
             total.update(causes)
             if marks:
-                begin = marks[warmup - 1] if warmup else 0
+                begin = marks[warmup - 1] if warmup else vcpu.begin
                 spans.append((marks[warmup + wanted - 1] - begin) / wanted)
         counters = Counter(self.machine.all_counters())
         counters.update({f"timed.{name}": count for name, count in self._counts.items()})
