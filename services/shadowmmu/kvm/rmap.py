@@ -90,7 +90,8 @@ def drop_spte(kvm: Kvm, sp: ShadowPage, index: int, seen: int | None = None) -> 
     """
     old = sp.spt.pop(index, 0)
     fmt = kvm.spte_format
-    kvm.work.sptes_dropped += 1
+    if old:
+        kvm.work.sptes_dropped += 1
     if old & fmt.present_test == 1:
         if (old if seen is None else seen) & fmt.dirty_mask or not fmt.dirty_mask:
             kvm.host.set_pfn_dirty((old & PT64_BASE_ADDR_MASK) >> 12, sp.level)
