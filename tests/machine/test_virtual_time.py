@@ -160,6 +160,14 @@ def test_a_flush_lasts_at_least_as_long_as_its_kicks_and_their_answers() -> None
     assert flushes.p50 >= COSTS.kick + COSTS.kick_send + COSTS.kick_acknowledge
 
 
+def test_a_kick_interrupts_the_guests_own_work() -> None:
+    longest = 1_000_000
+    busy = msgspec.structs.replace(COSTS, guest=dict.fromkeys(COSTS.guest, longest))
+    flushes = run_timed(load(Load.FORK, vcpus=4), busy).latencies["flush_cycles"]
+    assert flushes.count > 10
+    assert flushes.max < longest
+
+
 def test_without_oos_shadow_tables_stay_in_sync_and_stores_to_them_are_emulated() -> None:
     with_it = run_timed(load(Load.REMAP), COSTS).counters
     without = run_timed(load(Load.REMAP, oos_shadow=False), COSTS).counters

@@ -29,6 +29,7 @@ from hdrh.histogram import HdrHistogram
 
 from shadowmmu.cpu import VcpuCore, boot_image, make_program
 from shadowmmu.cpu.loads import LoadProgram, load_boot_image, make_load
+from shadowmmu.kvm import Tracepoints
 from shadowmmu.machine.costs import Costs
 from shadowmmu.machine.inprocess import WORDS_PER_BOOT_REQUEST
 from shadowmmu.machine.journal import Attached, HostAsked, VcpuSent
@@ -95,6 +96,9 @@ class _Vcpu:
         self.halted = False
         self.done = False
         self.resting = False  # in guest mode without executing anything
+        self.work = 0, 0  # of its own: when it began, and when it will be done
+        self.left = 0  # of it after an interruption
+        self.turn = 0  # counts what was planned and can be interrupted
 
 
 class _Flush:
@@ -127,7 +131,11 @@ def _ignore(event: Event) -> None:
 
 class _TimedRun:
     def __init__(
-        self, config: TimedConfig, costs: Costs, on_event: Callable[[int, Event], None] | None
+        self,
+        config: TimedConfig,
+        costs: Costs,
+        on_event: Callable[[int, Event], None] | None,
+        tracepoints: Callable[[Callable[[], int]], Tracepoints] | None,
     ) -> None:
         self._config = config
         self._costs = costs
@@ -138,6 +146,8 @@ class _TimedRun:
         machine.next_lock = self._hand_over
         self._meter = WorkMeter(machine.kvm, costs)
         sink.now = lambda: self._now + self._meter.cycles()
+        if tracepoints is not None:
+            machine.kvm.tracepoints = tracepoints(sink.now)
         self._now = 0
         self._planned: list[tuple[int, int, Callable[[], None]]] = []
         self._plans = 0
@@ -187,9 +197,9 @@ class _TimedRun:
             machine.submit(HostAsked(BOOT_TICKET, registers), 0)
         machine.outputs.clear()
         machine.finished.clear()
-        start = random.Random(f"{run.seed} start")
+        starts = random.Random(f"{run.seed} start")
         for vcpu in self._vcpus:
-            vcpu.begin = start.randint(0, config.start_spread)
+            vcpu.begin = starts.randint(0, config.start_spread)
             vcpu.causes[Cause.IDLE] += vcpu.begin
             vcpu.core.receive(welcome(run, vcpu.number, 1, heartbeat=0.0))
             vcpu.core.start()
@@ -234,10 +244,26 @@ class _TimedRun:
             return
         executed = core.run(RUN)
         core.ship_log()
-        cycles = executed * self._costs.tlb_hit
-        cycles += self._guest_work(vcpu, self._now + cycles)
+        hits = executed * self._costs.tlb_hit
+        vcpu.causes[Cause.GUEST] += hits
+        end = self._now + hits
+        self._work(vcpu, end, self._guest_work(vcpu, end), self._deliver)
+
+    def _work(self, vcpu: _Vcpu, begin: int, cycles: int, then: Callable[[_Vcpu], None]) -> None:
+        """The guest does work of its own from `begin` on, unless a kick comes, or has come."""
+        if vcpu.kick == vcpu.core.entry:
+            vcpu.left += cycles
+            self._plan(begin, partial(self._deliver, vcpu))
+            return
         vcpu.causes[Cause.GUEST] += cycles
-        self._plan(self._now + cycles, partial(self._deliver, vcpu))
+        vcpu.work = begin, begin + cycles
+        vcpu.turn += 1
+        self._plan(begin + cycles, partial(self._goes_on, vcpu, vcpu.turn, then))
+
+    def _goes_on(self, vcpu: _Vcpu, turn: int, then: Callable[[_Vcpu], None]) -> None:
+        """The guest's work is done, if it was not interrupted."""
+        if vcpu.turn == turn:
+            then(vcpu)
 
     def _guest_work(self, vcpu: _Vcpu, now: int) -> int:
         """What the program has done beside its accesses; notes iterations and its end."""
@@ -297,9 +323,7 @@ class _TimedRun:
             assert isinstance(item, m.Exit)
             self._leave(vcpu, item.reason, after)
         elif core.in_guest:
-            work = self._guest_work(vcpu, after)
-            vcpu.causes[Cause.GUEST] += work
-            self._plan(after + work, partial(self._guest, vcpu))
+            self._work(vcpu, after, self._guest_work(vcpu, after), self._guest)
         else:
             self._start_woken(vcpu)  # the first entry
 
@@ -345,8 +369,8 @@ class _TimedRun:
         """The guest goes on."""
         self._record("exit_cycles", self._now - vcpu.since)
         vcpu.core.receive(body)
-        vcpu.causes[Cause.GUEST] += (work := self._guest_work(vcpu, self._now))
-        self._plan(self._now + work, partial(self._guest, vcpu))
+        work, vcpu.left = self._guest_work(vcpu, self._now) + vcpu.left, 0
+        self._work(vcpu, self._now, work, self._guest)
 
     # --- operations --------------------------------------------------------------------------------------------------
 
@@ -440,11 +464,21 @@ class _TimedRun:
         machine.outputs = rest
 
     def _kicked(self, vcpu: _Vcpu, entry: int) -> None:
-        """The kick is there; it is taken at the end of what the vCPU is at, if it is still in that entry."""
+        """The kick is there. It interrupts the guest's own work; a run of accesses, a walk, or an entry ends first."""
         vcpu.kick = max(vcpu.kick, entry)
-        if vcpu.resting and entry == vcpu.core.entry:
+        if entry != vcpu.core.entry or not vcpu.core.in_guest:
+            return
+        begin, end = vcpu.work
+        if vcpu.resting:
             vcpu.resting = False
             self._plan(self._now, partial(self._deliver, vcpu))
+        elif self._now < end:
+            taken = max(self._now, begin)
+            vcpu.left += end - taken
+            vcpu.causes[Cause.GUEST] -= end - taken
+            vcpu.turn += 1
+            vcpu.work = 0, 0
+            self._plan(taken, partial(self._deliver, vcpu))
 
     def _finished(self, task: Task, end: int) -> None:
         costs = self._costs
@@ -558,13 +592,18 @@ class _TimedRun:
 
 
 def run_timed(
-    config: TimedConfig, costs: Costs, on_event: Callable[[int, Event], None] | None = None
+    config: TimedConfig,
+    costs: Costs,
+    on_event: Callable[[int, Event], None] | None = None,
+    tracepoints: Callable[[Callable[[], int]], Tracepoints] | None = None,
 ) -> TimedResult:
     """Executes a run in virtual time. `on_event` receives each event with its time in cycles.
+
+    `tracepoints` makes who is told of tracepoints; it gets a function that says what time it is, in cycles.
 
     Raises ValueError if the guest does not fit into its memory, ProfileError for an unknown profile, StuckError if
     nothing can go on.
     """
-    run = _TimedRun(config, costs, on_event)
+    run = _TimedRun(config, costs, on_event, tracepoints)
     run.run()
     return run.result()
