@@ -16,6 +16,7 @@ from shadowmmu.explorer.library import find_test
 from shadowmmu.explorer.litmus import parse_litmus
 from shadowmmu.explorer.world import World
 from shadowmmu.protocol.events import Event
+from tests.explorer.guests import ONE_PAGE
 
 NAMES = ["dirty-bit-lost", "host-frame-reused", "pte-store-then-ipi", "tlbs-dirty-missed-wp"]
 some_actor = st.builds(
@@ -137,3 +138,31 @@ def test_a_condition_that_holds_is_a_failure() -> None:
     ending = execute(parse_litmus(text, "test"), "fixed", RandomChooser(1))
     assert ending.failure is not None and ending.failure.kind == "condition"
     assert ending.outcome == (("v0:r0", 5), ("F[0]", 5))
+
+
+DELETED_TWICE = f"""
+[machine]
+vcpus = 1
+slots = [{{ gfn = 1024, pages = 8 }}]
+{ONE_PAGE}
+[[vcpu]]
+program = "store x = 2"
+[[host]]
+program = '''
+delete_slot 1
+dirty_log 1 on
+unmap 1024
+'''
+[[host]]
+program = "delete_slot 1"
+"""
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1 << 30))
+def test_what_a_host_asks_of_a_slot_that_is_gone_is_refused_and_its_program_goes_on(seed: int) -> None:
+    world = World(parse_litmus(DELETED_TWICE, "test"), "fixed")
+    chooser = RandomChooser(seed)
+    while actors_enabled := world.enabled():
+        world.step(chooser.choose(actors_enabled))
+    assert world.host_position == [3, 1]

@@ -14,7 +14,7 @@ DATA = Path(__file__).parent / "data"
 
 LATER = {
     *("mmu_valid_gen", "ad_disabled", "rip", "immediate_exit", "intr_info"),
-    *("kvm_page_fault.guest_rip", "kvm_exit.error_code"),
+    *("kvm_page_fault.guest_rip", "kvm_exit.error_code", "mark_mmio_spte.gen"),
 }
 """Fields of Linux 6.1, of all events or of one, that a line of ours need not have."""
 

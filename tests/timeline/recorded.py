@@ -14,6 +14,7 @@ from shadowmmu.machine.timed_config import HostActor, HostActorKind, TimedConfig
 from shadowmmu.protocol import events as ev
 from shadowmmu.protocol.messages import GuestMode, MemoryModel, Mutant, RunConfig, Tdp, Workload
 from shadowmmu.timeline import Ending, Execution, JournalExecution, Observer, TimedExecution
+from shadowmmu.timeline.tracepoints import Traced
 
 
 class Recorded(NamedTuple):
@@ -32,6 +33,7 @@ RUNS = {
     "tso": RunConfig(ops=3000, seed=6, memory_model=MemoryModel.TSO),
     "ept": RunConfig(ops=3000, seed=7, tdp=Tdp.EPT, mode=GuestMode.NONPAGING, workload=Workload.MODES),
     "npt": RunConfig(ops=3000, seed=8, tdp=Tdp.NPT, mode=GuestMode.NONPAGING, workload=Workload.MODES),
+    "devices": RunConfig(ops=6000, seed=2, mode=GuestMode.PAE, workload=Workload.MODES),
     "lost-workers": RunConfig(ops=4000, seed=9),
     "violated": RunConfig(ops=4000, seed=10, mutant=Mutant.FLUSH_NOT_AWAITED, host_rate=20.0),
     "stopped": RunConfig(ops=200_000, seed=11, host_rate=20.0),
@@ -66,7 +68,8 @@ def timed_config() -> TimedConfig:
     )
 
 
-def _execution(name: str) -> Execution:
+def execution(name: str) -> Execution:
+    """One of ALL_RUNS, to be executed anew."""
     if name == TIMED:
         model = load_cost_model("nehalem-2011")
         return TimedExecution(timed_config(), model.costs, model.ghz)
@@ -74,28 +77,38 @@ def _execution(name: str) -> Execution:
 
 
 class Watched:
-    """An observer that keeps everything, and an execution that shows it again."""
+    """An observer that keeps everything, tracepoints too, and an execution that shows it again."""
 
     def __init__(self, execution: Execution) -> None:
         self.title = execution.title
         self.axis = execution.axis
         self.tdp = execution.tdp
         self.ordered = execution.ordered
-        self.events: list[tuple[int, ev.Event]] = []
         self.violations: list[tuple[int, str]] = []
+        self._seen: list[tuple[int, ev.Event | Traced]] = []
         self._violated_after = 0
-        self._ending = execution.play(self)
+        self._ending = execution.play(self, self._traced)
+
+    @property
+    def events(self) -> list[tuple[int, ev.Event]]:
+        return [(time, seen) for time, seen in self._seen if not isinstance(seen, Traced)]
 
     def event(self, time: int, event: ev.Event) -> None:
-        self.events.append((time, event))
+        self._seen.append((time, event))
+
+    def _traced(self, time: int, hit: Traced) -> None:
+        self._seen.append((time, hit))
 
     def violation(self, time: int, text: str) -> None:
         self.violations.append((time, text))
-        self._violated_after = len(self.events)
+        self._violated_after = len(self._seen)
 
-    def play(self, observer: Observer) -> Ending:
-        for number, (time, event) in enumerate(self.events, start=1):
-            observer.event(time, event)
+    def play(self, observer: Observer, traced: Callable[[int, Traced], None] | None = None) -> Ending:
+        for number, (time, seen) in enumerate(self._seen, start=1):
+            if not isinstance(seen, Traced):
+                observer.event(time, seen)
+            elif traced is not None:
+                traced(time, seen)
             if number == self._violated_after:
                 observer.violation(*self.violations[0])
         return self._ending
@@ -104,7 +117,7 @@ class Watched:
 @functools.cache
 def watched(name: str) -> Watched:
     """One of ALL_RUNS, executed."""
-    return Watched(_execution(name))
+    return Watched(execution(name))
 
 
 def recorded(name: str) -> Recorded:

@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import io
 from collections import Counter
 
 import pytest
 
 from shadowmmu.protocol import events as ev
-from shadowmmu.timeline import ALL, Records, write_ftrace
+from shadowmmu.timeline import Records
 from shadowmmu.timeline.ftrace import FtraceLines
-from tests.timeline.print_formats import DATA, Line, Parser
+from tests.timeline.ftrace_lines import lines, text
+from tests.timeline.print_formats import DATA
 from tests.timeline.recorded import ALL_RUNS, recorded, watched
 
-WITHOUT_FORMAT = {
-    "kvm_inj_exception": r"#PF \(0x[0-9a-f]+\)",
-    "kvm_mmio": r"mmio (?:unsatisfied-read|write) len \d+ gpa 0x[0-9a-f]+ val 0x[0-9a-f]+",
-    "tracing_mark_write": r"\S.*",
-}
-"""Tracepoints of 3.1 whose formats the file does not have (arch/x86/kvm/trace.h, include/trace/events/kvm.h)."""
-
 every_run = pytest.mark.parametrize("name", ALL_RUNS)
-
-
-@functools.cache
-def text(name: str, records: Records = ALL) -> str:
-    out = io.BytesIO()
-    write_ftrace(recorded(name).execution, out, records)
-    return out.getvalue().decode()
-
-
-@functools.cache
-def lines(name: str, records: Records = ALL) -> list[Line]:
-    """Every line, as a parser for the kernel's formats reads it."""
-    parser = Parser((DATA / "print-formats.txt").read_text(), WITHOUT_FORMAT)
-    return [parser.parse(line) for line in text(name, records).splitlines() if not line.startswith("#")]
 
 
 def count(name: str, kind: type[ev.Event]) -> int:
@@ -62,12 +40,11 @@ def test_there_is_a_line_for_every_event(name: str) -> None:
     shown = Counter(line.event for line in lines(name))
     assert shown["kvm_entry"] == count(name, ev.Entered)
     assert shown["kvm_exit"] == count(name, ev.Exited)
-    assert shown["kvm_mmu_get_page"] == count(name, ev.ShadowPageCreated)
+    made = [line for line in lines(name) if line.fields.get("created") == "new"]
+    assert len(made) == count(name, ev.ShadowPageCreated)
     assert shown["kvm_mmu_unsync_page"] == count(name, ev.ShadowPageUnsynced)
     assert shown["kvm_mmu_sync_page"] == count(name, ev.ShadowPageSynced)
     assert shown["kvm_mmu_prepare_zap_page"] == count(name, ev.ShadowPageZapped)
-    assert shown["kvm_mmu_walker_error"] == count(name, ev.Injected)
-    assert shown["kvm_mmu_set_accessed_bit"] + shown["kvm_mmu_set_dirty_bit"] == count(name, ev.GpteUpdate)
 
 
 def test_the_head_is_the_kernels() -> None:
@@ -80,7 +57,7 @@ def test_the_head_is_the_kernels() -> None:
 
 def test_pages_are_shown_as_they_are_before_the_change() -> None:
     for name in ("mixed", "linux-3.1"):
-        states = {"kvm_mmu_unsync_page": "sync", "kvm_mmu_sync_page": "unsync", "kvm_mmu_get_page": "sync"}
+        states = {"kvm_mmu_unsync_page": "sync", "kvm_mmu_sync_page": "unsync"}
         shown = [line for line in lines(name) if line.event in states]
         assert {line.event for line in shown} == set(states)
         for line in shown:
@@ -138,27 +115,6 @@ def test_a_window_has_the_lines_of_its_records() -> None:
     bodies = ["".join(text("mixed", part).splitlines(keepends=True)[12:]) for part in parts]
     assert all(bodies)
     assert sorted("".join(bodies).splitlines()) == sorted(text("mixed").splitlines()[12:])
-
-
-def test_a_walk_for_a_write_sets_accessed_first_and_then_dirty() -> None:
-    shown: list[str] = []
-    lines = FtraceLines(lambda _time, line: shown.append(line.split()[4]), None)
-    events: tuple[ev.Event, ...] = (
-        ev.Exited(0, 1, "page_fault", 0x1000, 2),
-        ev.GpteUpdate(0, 0x8000, 8, 0x9027),
-        ev.GpteUpdate(0, 0x9008, 8, 0xA027),
-        ev.GpteUpdate(0, 0x9008, 8, 0xA067),
-        ev.Exited(0, 2, "page_fault", 0x2000, 0),
-        ev.GpteUpdate(0, 0x9010, 8, 0xB067),
-    )
-    for time, event in enumerate(events):
-        lines.event(time, event)
-    assert [name for name in shown if "set_" in name] == [
-        "kvm_mmu_set_accessed_bit:",
-        "kvm_mmu_set_accessed_bit:",
-        "kvm_mmu_set_dirty_bit:",
-        "kvm_mmu_set_accessed_bit:",
-    ]
 
 
 def test_an_exit_that_writes_a_register_stands_where_it_happened() -> None:

@@ -62,6 +62,7 @@ from shadowmmu.kvm.set_memory_region import kvm_set_memory_region, memory_region
 from shadowmmu.kvm.shadow_walk import kvm_mmu_get_spte_hierarchy, shadow_walk_init
 from shadowmmu.kvm.stats import COUNTERS, KvmStat
 from shadowmmu.kvm.store_buffer import StoreBuffer
+from shadowmmu.kvm.tracepoints import AuditPoint, Tracepoints
 from shadowmmu.kvm.vcpu import Mmu, Vcpu
 from shadowmmu.kvm.vm import Kvm, KvmConfig
 from shadowmmu.kvm.zap import kvm_mmu_change_mmu_pages, kvm_mmu_zap_all, mmu_shrink
@@ -132,6 +133,8 @@ __all__ = [
     "kvm_flush_remote_tlbs",
     "kvm_reload_remote_mmus",
     # Looking at it
+    "Tracepoints",
+    "AuditPoint",
     "ShadowPage",
     "Mmu",
     "GuestMemory",

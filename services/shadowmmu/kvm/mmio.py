@@ -66,6 +66,9 @@ def handle_mmio_page_fault(vcpu: Vcpu, address: int, direct: bool) -> int:
     spte = walk_shadow_page(vcpu, address)[-1:]
     fmt = vcpu.kvm.spte_format
     if spte and fmt.is_mmio(spte[0]):
-        vcpu_cache_mmio_info(vcpu, 0 if direct else address, fmt.mmio_gfn(spte[0]), fmt.mmio_access(spte[0]))
+        gva, gfn, access = 0 if direct else address, fmt.mmio_gfn(spte[0]), fmt.mmio_access(spte[0])
+        if vcpu.kvm.tracepoints is not None:
+            vcpu.kvm.tracepoints.handle_mmio_page_fault(vcpu.vcpu_id, gva, gfn, access)
+        vcpu_cache_mmio_info(vcpu, gva, gfn, access)
         return 1
     return 0

@@ -72,17 +72,27 @@ def _beside(kvm: Kvm) -> int:
     return 0 if kvm.profile.notifier_huge_index else 1
 
 
+def _trace_age_page(kvm: Kvm, page: int, *, referenced: bool) -> None:
+    """kvm_handle_hva has handled a page: what its tracepoint shows, whichever notifier it was for."""
+    if kvm.tracepoints is not None:
+        for slot in kvm.memslots:
+            if slot.memory.base <= page < slot.memory.end:
+                kvm.tracepoints.kvm_age_page(page << 12, page - slot.hva_delta, referenced=referenced)
+                return
+
+
 def _unmap(kvm: Kvm, page: int) -> Operation[bool]:
     """Drop every entry that maps the page (kvm_unmap_hva)."""
     dropped = False
     for slot, level, block in _rmaps(kvm, page):
         dropped |= yield from kvm_unmap_rmapp(kvm, slot, level, block)
+    _trace_age_page(kvm, page, referenced=dropped)
     return dropped
 
 
 def _unmap_range(kvm: Kvm, pages: range) -> Operation[bool]:
     """Drop every entry that maps one of the pages."""
-    dropped = False
+    used: set[int] = set()  # pages for which something was dropped: of a large page, the first of the range
     for slot in kvm.memslots:
         delta = slot.hva_delta
         first, last = max(pages.start - delta, slot.base_gfn), min(pages.stop - delta, slot.end_gfn) - 1
@@ -94,8 +104,12 @@ def _unmap_range(kvm: Kvm, pages: range) -> Operation[bool]:
             beside = _beside(kvm) if level > 1 else 0
             blocks = range((first >> shift) + beside, (last >> shift) + 1 + beside)
             for block in [b for b in rmap if b in blocks] if len(rmap) < len(blocks) else blocks:
-                dropped |= yield from kvm_unmap_rmapp(kvm, slot, level, block)
-    return dropped
+                if (yield from kvm_unmap_rmapp(kvm, slot, level, block)):
+                    used.add(max(first, (block - beside) << shift) + delta)
+    if kvm.tracepoints is not None:
+        for page in pages:
+            _trace_age_page(kvm, page, referenced=page in used)
+    return bool(used)
 
 
 def _deferred_flush(kvm: Kvm) -> bool:
@@ -174,6 +188,7 @@ def kvm_mmu_notifier_change_pte(kvm: Kvm, page: int, new_pfn: int, writable: boo
                 exchange = kvm.profile.ad_bit_loss  # bug B20 without it
                 mmu_spte_update(kvm, sp, index, seen, seen & clear | new_pfn << 12, exchange=exchange)
         yield from kvm_flush_remote_tlbs(kvm)
+    _trace_age_page(kvm, page, referenced=False)  # kvm_set_pte_rmapp returns 0, whatever it has done
     yield MmuLock.RELEASE
     yield from _raise_seq_late(kvm)
 
@@ -192,6 +207,7 @@ def kvm_mmu_notifier_clear_flush_young(kvm: Kvm, page: int) -> Operation[bool]:
             if sp.spt[index] & accessed:
                 young = True
                 sp.spt[index] &= ~accessed  # clear_bit: atomic
+    _trace_age_page(kvm, page, referenced=young)
     yield from _unlock_and_flush(kvm, young, Point.NOTIFIER_YOUNG_UNLOCKED)
     return young
 
@@ -205,6 +221,7 @@ def kvm_mmu_notifier_test_young(kvm: Kvm, page: int) -> Operation[bool]:
         for sptep in pte_list_entries(slot.rmap[level].get(block, 0)):
             sp, index = _entry(kvm, sptep)
             young |= sp.spt[index] & accessed != 0
+    _trace_age_page(kvm, page, referenced=young)
     yield MmuLock.RELEASE
     return young
 

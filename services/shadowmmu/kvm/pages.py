@@ -78,6 +78,8 @@ def kvm_mmu_get_page(  # noqa: PLR0917 - the kernel's arguments
             kvm_mmu_mark_parents_unsync(kvm, sp)
         elif sp.unsync:
             kvm_mmu_mark_parents_unsync(kvm, sp)
+        if kvm.tracepoints is not None:
+            kvm.tracepoints.kvm_mmu_get_page(sp, created=False)
         return sp
     kvm.stat.mmu_cache_miss += 1
     sp = kvm.new_shadow_page(gfn, role)
@@ -98,6 +100,8 @@ def kvm_mmu_get_page(  # noqa: PLR0917 - the kernel's arguments
         yield from mmu.context.prefetch_page(vcpu, sp)
     if kvm.trace is not None:
         kvm.trace(ShadowPageCreated(sp.serial, gfn, level, direct, role))
+    if kvm.tracepoints is not None:
+        kvm.tracepoints.kvm_mmu_get_page(sp, created=True)
     return sp
 
 

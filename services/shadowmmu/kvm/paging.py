@@ -29,6 +29,7 @@ from shadowmmu.kvm.requests import kvm_flush_remote_tlbs
 from shadowmmu.kvm.rmap import drop_spte
 from shadowmmu.kvm.set_spte import NO_SLOT_PFN, mmu_set_spte, set_spte
 from shadowmmu.kvm.spte import SPTE_HOST_WRITEABLE
+from shadowmmu.kvm.tracepoints import AuditPoint
 from shadowmmu.kvm.walker import GuestWalker, gpte_access, inject_page_fault, walk_addr
 from shadowmmu.kvm.zap import kvm_mmu_free_some_pages
 from shadowmmu.protocol.events import TlbsDirtyRaised
@@ -85,6 +86,8 @@ def paging_page_fault(vcpu: Vcpu, gva: int, error_code: int, prefault: bool) -> 
     yield MmuLock.ACQUIRE
     emulate = False
     if not mmu_notifier_retry(kvm, seq):
+        if kvm.tracepoints is not None:
+            kvm.tracepoints.kvm_mmu_audit(vcpu.cpu, AuditPoint.PRE_PAGE_FAULT)
         yield from kvm_mmu_free_some_pages(kvm)
         if not force_pt_level:
             walker.gfn, pfn, level = transparent_hugepage_adjust(kvm, walker.gfn, pfn, level)
@@ -92,6 +95,8 @@ def paging_page_fault(vcpu: Vcpu, gva: int, error_code: int, prefault: bool) -> 
         if not emulate:
             vcpu.last_pt_write_count = 0
         kvm.stat.pf_fixed += 1
+        if kvm.tracepoints is not None:
+            kvm.tracepoints.kvm_mmu_audit(vcpu.cpu, AuditPoint.POST_PAGE_FAULT)
     yield MmuLock.RELEASE
     return int(emulate)
 
@@ -173,6 +178,9 @@ def paging_sync_page(vcpu: Vcpu, sp: ShadowPage) -> Operation[bool]:
                 del spt[index]
             else:
                 nr_present += 1
+                if kvm.tracepoints is not None:
+                    shown = access & (ACC_WRITE_MASK | ACC_USER_MASK)
+                    kvm.tracepoints.mark_mmio_spte(sp.hpa + (index << 3), gfn, shown)
                 spt[index] = fmt.mmio_spte(gfn, access)
             continue
         if gfn != sp.gfns[index]:

@@ -12,6 +12,7 @@ from shadowmmu.kvm.points import Point
 from shadowmmu.kvm.requests import kvm_flush_remote_tlbs, kvm_mmu_flush_tlb
 from shadowmmu.kvm.role import ROLE_PTE_WRITE_MASK
 from shadowmmu.kvm.spte import PT64_PERM_MASK
+from shadowmmu.kvm.tracepoints import AuditPoint
 from shadowmmu.kvm.zap import (
     kvm_mmu_commit_zap_page,
     kvm_mmu_free_some_pages,
@@ -137,6 +138,8 @@ def kvm_mmu_pte_write(
         gentry = _read_gpte_atomic(kvm, gpa, size)
     yield from kvm_mmu_free_some_pages(kvm)
     stat.mmu_pte_write += 1
+    if kvm.tracepoints is not None:
+        kvm.tracepoints.kvm_mmu_audit(vcpu.cpu, AuditPoint.PRE_PTE_WRITE)
     flooded = guest_initiated and _detect_flood(vcpu, gfn)
     invalid_list: list[ShadowPage] = []
     zapped = remote_flush = local_flush = False
@@ -171,4 +174,6 @@ def kvm_mmu_pte_write(
         elif local_flush:
             kvm_mmu_flush_tlb(vcpu)
     yield from kvm_mmu_commit_zap_page(kvm, invalid_list)
+    if kvm.tracepoints is not None:
+        kvm.tracepoints.kvm_mmu_audit(vcpu.cpu, AuditPoint.POST_PTE_WRITE)
     yield MmuLock.RELEASE

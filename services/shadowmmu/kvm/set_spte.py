@@ -270,6 +270,9 @@ def mmu_set_spte(  # noqa: PLR0917 - the kernel's arguments
                 yield from kvm_flush_remote_tlbs(kvm)
     elif spte:
         emulate = True  # an MMIO entry
+        if kvm.tracepoints is not None:
+            access = pte_access & (ACC_WRITE_MASK | ACC_USER_MASK)
+            kvm.tracepoints.mark_mmio_spte(sp.hpa + (index << 3), gfn, access)
     if speculative:
         vcpu.last_pte_updated = sp.hpa + (index << 3)
         vcpu.last_pte_gfn = gfn

@@ -16,6 +16,7 @@ from shadowmmu.kvm.points import Point
 from shadowmmu.kvm.requests import kvm_flush_remote_tlbs, kvm_mmu_flush_tlb
 from shadowmmu.kvm.rmap import rmap_write_protect
 from shadowmmu.kvm.role import ROLE_BASE_MASK
+from shadowmmu.kvm.tracepoints import AuditPoint
 from shadowmmu.kvm.unsync import PagePath, kvm_unlink_unsync_page, mmu_unsync_walk
 from shadowmmu.kvm.zap import kvm_mmu_commit_zap_page, kvm_mmu_prepare_zap_page
 
@@ -124,13 +125,17 @@ def mmu_sync_roots(vcpu: Vcpu) -> Operation[None]:
     if mmu.direct_map or mmu.root_hpa == INVALID_PAGE:
         return
     vcpu_clear_mmio_info(vcpu)
+    if kvm.tracepoints is not None:
+        kvm.tracepoints.kvm_mmu_audit(vcpu.cpu, AuditPoint.PRE_SYNC)
     if mmu.root_level == PT64_ROOT_LEVEL:
         yield from mmu_sync_children(vcpu, kvm.page_header[mmu.root_hpa])
-        return
-    for i in range(4):
-        root = mmu.pae_root[i]
-        if root not in (0, INVALID_PAGE):
-            yield from mmu_sync_children(vcpu, kvm.page_header[root & PT64_BASE_ADDR_MASK])
+    else:
+        for i in range(4):
+            root = mmu.pae_root[i]
+            if root not in (0, INVALID_PAGE):
+                yield from mmu_sync_children(vcpu, kvm.page_header[root & PT64_BASE_ADDR_MASK])
+    if kvm.tracepoints is not None:
+        kvm.tracepoints.kvm_mmu_audit(vcpu.cpu, AuditPoint.POST_SYNC)
 
 
 def _may_be_unsync(vcpu: Vcpu) -> bool:

@@ -22,6 +22,7 @@ from shadowmmu.kvm.points import MEMORY_POINTS, Point
 from shadowmmu.kvm.profiles import KernelTree, Profile
 from shadowmmu.kvm.spte import SHADOW_TRAP_NONPRESENT_PTE, SpteFormat, ept_format, shadow_format
 from shadowmmu.kvm.stats import KvmStat, NotrapStat
+from shadowmmu.kvm.tracepoints import Tracepoints
 from shadowmmu.kvm.user_memory import UserMemory
 from shadowmmu.kvm.vcpu import Vcpu
 from shadowmmu.kvm.work import Work
@@ -75,7 +76,8 @@ class KvmConfig(msgspec.Struct, frozen=True):
 class Kvm:
     """One virtual machine.
 
-    `trace`, if given, is called with each event of the model as it happens. `memory_points` are the memory points
+    `trace`, if given, is called with each event of the model as it happens; `tracepoints`, if set, is told of what has
+    no event. `memory_points` are the memory points
     that operations yield; none at first.
 
     `memslots` are the slots in force, by first frame; they change as a whole (`publish_memslots`). `slots_locked`:
@@ -130,6 +132,7 @@ class Kvm:
         "stat",
         "tlbs_dirty",
         "trace",
+        "tracepoints",
         "vcpus",
         "work",
     )
@@ -139,6 +142,7 @@ class Kvm:
         self.config = config
         self.profile = config.profile
         self.trace = trace
+        self.tracepoints: Tracepoints | None = None
         self.spte_format: SpteFormat = (
             ept_format() if config.tdp is Tdp.EPT else shadow_format(config.host_phys_bits)
         )

@@ -116,6 +116,7 @@ def walk_addr(vcpu: PagingUnit, address: int, access: int) -> Operation[GuestWal
     mmu = vcpu.mmu
     fmt = mmu.fmt
     host = kvm.host
+    tracepoints = kvm.tracepoints
     write = access & PFERR_WRITE_MASK
     user = access & PFERR_USER_MASK
     fetch = access & PFERR_FETCH_MASK and fmt.has_nx
@@ -129,6 +130,9 @@ def walk_addr(vcpu: PagingUnit, address: int, access: int) -> Operation[GuestWal
     walker = GuestWalker(address)
     table_gfns, pte_gpas, ptes = walker.table_gfn, walker.pte_gpa, walker.ptes
     inherited_access = walker.inherited_access
+    if tracepoints is not None:
+        pferr = access & (PFERR_WRITE_MASK | PFERR_USER_MASK | PFERR_FETCH_MASK)
+        tracepoints.kvm_mmu_pagetable_walk(vcpu.vcpu_id, address, pferr)
     while True:  # each turn is one walk; it starts again if an entry changes under it
         pt_access = ACC_ALL
         error = PFERR_PRESENT_MASK
@@ -138,6 +142,8 @@ def walk_addr(vcpu: PagingUnit, address: int, access: int) -> Operation[GuestWal
         pte = vcpu.cr3
         if fmt.has_pdptes:
             pte = yield from kvm_pdptr_read(vcpu, address >> 30 & 3)
+            if tracepoints is not None:
+                tracepoints.kvm_mmu_paging_element(vcpu.vcpu_id, pte, fmt.root_level)
             if not pte & PT_PRESENT_MASK:
                 error = 0
                 break
@@ -166,6 +172,8 @@ def walk_addr(vcpu: PagingUnit, address: int, access: int) -> Operation[GuestWal
             kvm.work.guest_walk_levels += 1
             offset = pte_gpa - (slot.base_gfn << 12)
             pte = slot.words[offset >> 3] if entry_size == 8 else slot.dwords[offset >> 2]
+            if tracepoints is not None:
+                tracepoints.kvm_mmu_paging_element(vcpu.vcpu_id, pte, level)
             if not pte & PT_PRESENT_MASK:
                 error = 0
                 break
@@ -182,6 +190,8 @@ def walk_addr(vcpu: PagingUnit, address: int, access: int) -> Operation[GuestWal
             if smep and last and pt_access & pte & PT_USER_MASK:
                 denied = True
             if not pte & PT_ACCESSED_MASK and not denied:
+                if tracepoints is not None:
+                    tracepoints.kvm_mmu_set_accessed_bit(vcpu.vcpu_id, pte_gpas[level - 1])
                 if not (yield from _cmpxchg_gpte(vcpu, slot, pte_gpa, pte, pte | PT_ACCESSED_MASK)):
                     lost = True
                     break
@@ -202,6 +212,8 @@ def walk_addr(vcpu: PagingUnit, address: int, access: int) -> Operation[GuestWal
                         return walker
                     gfn = real.gfn
                 if write and not pte & PT_DIRTY_MASK:
+                    if tracepoints is not None:
+                        tracepoints.kvm_mmu_set_dirty_bit(vcpu.vcpu_id, pte_gpas[level - 1])
                     if not (yield from _cmpxchg_gpte(vcpu, slot, pte_gpa, pte, pte | PT_DIRTY_MASK)):
                         lost = True
                         break
@@ -222,6 +234,8 @@ def walk_addr(vcpu: PagingUnit, address: int, access: int) -> Operation[GuestWal
     walker.level = level
     reports_fetch = access & PFERR_FETCH_MASK and (mmu.nx or vcpu.cr4 & X86_CR4_SMEP)
     walker.fault = error | write | user | (PFERR_FETCH_MASK if reports_fetch else 0)
+    if tracepoints is not None:
+        tracepoints.kvm_mmu_walker_error(vcpu.vcpu_id, walker.fault)
     return walker
 
 

@@ -7,9 +7,10 @@ there is no clock, the axis counts steps: one is a microsecond there, so that to
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sized
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeAlias
 
 import msgspec
 
@@ -18,7 +19,7 @@ from shadowmmu.explorer.choosers import FollowChooser
 from shadowmmu.explorer.execution import failure_of
 from shadowmmu.explorer.repro import Repro, replay_repro
 from shadowmmu.explorer.world import StepLimitError, World
-from shadowmmu.kvm import KvmError
+from shadowmmu.kvm import KvmError, Tracepoints
 from shadowmmu.machine import JOURNAL_NAME, Header, Replayer, read_journal
 from shadowmmu.machine.choices import ChoicesExhaustedError
 from shadowmmu.machine.costs import Costs
@@ -26,6 +27,7 @@ from shadowmmu.machine.timed_config import TimedConfig
 from shadowmmu.machine.virtual_time import StuckError, run_timed
 from shadowmmu.protocol.events import Event
 from shadowmmu.protocol.messages import RunConfig, Tdp
+from shadowmmu.timeline.tracepoints import Traced, TracepointTexts
 
 __all__ = [
     "Ending",
@@ -40,6 +42,10 @@ __all__ = [
 STEP: Final = 1000
 """Nanoseconds on the axis for a step of a scheduler."""
 _STEPS: Final = "1 µs on the axis is 1 step of the scheduler: there is no other time"
+
+
+OnTraced: TypeAlias = Callable[[int, Traced], None]
+"""Gets a tracepoint with its time."""
 
 
 class ExecutionError(Exception):
@@ -84,8 +90,8 @@ class Execution(Protocol):
     @property
     def ordered(self) -> bool: ...
 
-    def play(self, observer: Observer) -> Ending:
-        """Executes it, once."""
+    def play(self, observer: Observer, traced: OnTraced | None = None) -> Ending:
+        """Executes it, once; `traced` gets the tracepoints that are no events, in order among the events."""
 
 
 def _title(config: RunConfig) -> str:
@@ -93,15 +99,42 @@ def _title(config: RunConfig) -> str:
     return f"virtual machine ({config.profile}, {mode}, {config.workload.value})"
 
 
+class _Hits:
+    """Tracepoints hit since some events were handed on, each with how many events there were before it."""
+
+    def __init__(self, traced: OnTraced) -> None:
+        self._traced = traced
+        self._kept: deque[tuple[int, int, Traced]] = deque()
+
+    def put(self, position: int, time: int, hit: Traced) -> None:
+        """The next one."""
+        self._kept.append((position, time, hit))
+
+    def tell(self, position: int) -> None:
+        """Those up to this many events are told."""
+        while self._kept and self._kept[0][0] <= position:
+            _, time, hit = self._kept.popleft()
+            self._traced(time, hit)
+
+    def end(self) -> None:
+        """There are no more events: the rest is told."""
+        for _, time, hit in self._kept:
+            self._traced(time, hit)
+        self._kept.clear()
+
+
 class _Watch:
     """Notes at which step of the machine each event was emitted, and shows it to the observer when it is handed on.
+
+    Tracepoints are kept until then too, so that they come among the events where they were hit.
 
     What others than the machine emit (the end of the run) counts as of the step that the machine is at.
     """
 
-    def __init__(self, observer: Observer, checker: Checker | None) -> None:
+    def __init__(self, observer: Observer, checker: Checker | None, traced: OnTraced | None) -> None:
         self._observer = observer
         self._checker = checker
+        self._hits = None if traced is None else _Hits(traced)
         self._steps: list[int] = []
 
     def join(self, run: Replayer) -> None:
@@ -111,10 +144,16 @@ class _Watch:
         run.events.flush()
         self.emit: Callable[[Event], None] = self._emit
         machine.connect(run.choices, self)
+        if self._hits is not None:
+            machine.kvm.tracepoints = TracepointTexts(self._hit)
 
     def _emit(self, event: Event) -> None:
         self._steps.append(self._machine.steps)
         self._stream(event)
+
+    def _hit(self, hit: Traced) -> None:
+        assert self._hits is not None
+        self._hits.put(len(self._steps), self._machine.steps * STEP, hit)
 
     def listen(self, first: int, events: list[Event], _data: bytes) -> None:
         """The stream's listener."""
@@ -123,12 +162,21 @@ class _Watch:
         steps, self._steps = self._steps, []
         if len(steps) < len(events):
             steps += [self._machine.steps] * (len(events) - len(steps))
-        tell = self._observer.event
+        tell, hits = self._observer.event, self._hits
         for index, (step, event) in enumerate(zip(steps, events, strict=True)):
+            if hits is not None:
+                hits.tell(index)
             tell(step * STEP, event)
             if index == at:
                 self._observer.violation(step * STEP, str(violation))
                 self._checker = None
+        if hits is not None:
+            hits.tell(len(events))
+
+    def end(self) -> None:
+        """There are no more events."""
+        if self._hits is not None:
+            self._hits.end()
 
 
 class JournalExecution:
@@ -149,7 +197,7 @@ class JournalExecution:
         self.axis = _STEPS
         self.tdp = header.config.tdp
 
-    def play(self, observer: Observer) -> Ending:
+    def play(self, observer: Observer, traced: OnTraced | None = None) -> Ending:
         """Executes it up to its end, or to where it is seen to be another.
 
         Raises JournalError, ExecutionError or OSError.
@@ -160,7 +208,7 @@ class JournalExecution:
             header = next(records)
             assert isinstance(header, Header)
             run = Replayer(header)
-            watch = _Watch(observer, Checker() if self._check else None)
+            watch = _Watch(observer, Checker() if self._check else None, traced)
             run = self._replayer(header, watch)
             watch.join(run)
             number, difference = 0, None
@@ -172,6 +220,7 @@ class JournalExecution:
                 if difference is not None:
                     break
             run.events.flush()
+            watch.end()
         divergence = "" if difference is None else f"at record {number}: {difference}"
         return Ending(number, journal.torn, journal.ended, divergence)
 
@@ -206,7 +255,7 @@ class TimedExecution:
         self.axis = f"virtual time, of processors of {ghz:g} GHz"
         self.tdp = config.run.tdp
 
-    def play(self, observer: Observer) -> Ending:
+    def play(self, observer: Observer, traced: OnTraced | None = None) -> Ending:
         """Executes it. Raises ExecutionError."""
         ghz = self._ghz
         checker = Checker() if self._check else None
@@ -219,8 +268,12 @@ class TimedExecution:
                 observer.violation(time, str(violation))
                 checker = None
 
+        def tracepoints(now: Callable[[], int]) -> Tracepoints:
+            assert traced is not None
+            return TracepointTexts(lambda hit: traced(int(now() / ghz), hit))
+
         try:
-            result = run_timed(self._config, self._costs, heard)
+            result = run_timed(self._config, self._costs, heard, None if traced is None else tracepoints)
         except (KvmError, StuckError, ValueError) as error:
             raise ExecutionError(str(error)) from error
         if self._digest not in (None, result.digest):
@@ -242,15 +295,29 @@ class ReproExecution:
         self.axis = _STEPS
         self.tdp = repro.scenario.machine.tdp
 
-    def play(self, observer: Observer) -> Ending:
+    def play(self, observer: Observer, traced: OnTraced | None = None) -> Ending:
         """Executes it."""
         steps = 0
+        hits = None if traced is None else _Hits(traced)
 
         def heard(_actor: int, events: list[Event]) -> None:
-            for event in events:
+            for index, event in enumerate(events):
+                if hits is not None:
+                    hits.tell(index)
                 observer.event(steps * STEP, event)
+            if hits is not None:
+                hits.tell(len(events))
 
-        world = World(self._repro.scenario, self._repro.profile, heard)
+        def tracepoints(events: Sized) -> Tracepoints:
+            assert hits is not None
+            return TracepointTexts(lambda hit: hits.put(len(events), steps * STEP, hit))
+
+        world = World(
+            self._repro.scenario,
+            self._repro.profile,
+            heard,
+            tracepoints=None if traced is None else tracepoints,
+        )
         choose = FollowChooser(self._schedule).choose
         try:
             while enabled := world.enabled():
@@ -260,6 +327,8 @@ class ReproExecution:
         except StepLimitError as error:
             observer.violation(steps * STEP, str(error))
         else:
+            if hits is not None:
+                hits.end()
             failure = failure_of(world)
             if failure is not None:
                 observer.violation(steps * STEP, str(failure.violation or failure.text))

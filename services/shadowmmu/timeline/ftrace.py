@@ -1,9 +1,9 @@
 """A run in the text form of the kernel's own tracing: the lines that ftrace prints for KVM's tracepoints.
 
-Groups `kvmmmu` and `kvm`, as far as the event stream has them; names and text as a kernel of today prints them, without
-the fields that 3.1 does not have. Which fields hold what is in docs/TRACE.md. The tracepoints of 3.1 are in
-arch/x86/kvm/mmutrace.h and trace.h. A task is a vCPU's thread (`vcpu-N`, on CPU N) or one of the host agent's
-(`host-N`, on CPU 256 + N).
+Groups `kvmmmu` and `kvm`, from the events and from the tracepoints that are no events (`tracepoints`); names and text
+as a kernel of today prints them, without the fields that 3.1 does not have. Which fields hold what is in docs/TRACE.md.
+The tracepoints of 3.1 are in arch/x86/kvm/mmutrace.h and trace.h. A task is a vCPU's thread (`vcpu-N`, on CPU N) or one
+of the host agent's (`host-N`, on CPU 256 + N).
 """
 
 from __future__ import annotations
@@ -11,24 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, BinaryIO, Final
 
-from shadowmmu.cpu.x86 import PFERR_WRITE_MASK, PT_DIRTY_MASK
-from shadowmmu.kvm.role import (
-    ROLE_ACCESS_MASK,
-    ROLE_ACCESS_SHIFT,
-    ROLE_CR4_PAE,
-    ROLE_DIRECT,
-    ROLE_INVALID,
-    ROLE_LEVEL_MASK,
-    ROLE_NXE,
-    ROLE_QUADRANT_MASK,
-    ROLE_QUADRANT_SHIFT,
-)
 from shadowmmu.protocol import events as ev
 from shadowmmu.protocol.messages import Tdp
-from shadowmmu.timeline.bookkeeping import HostThreads, Page, Pages
+from shadowmmu.timeline.bookkeeping import HostThreads, Pages
 from shadowmmu.timeline.executions import Ending, Execution
 from shadowmmu.timeline.ftrace_exits import exit_text
 from shadowmmu.timeline.sorter import Sorter
+from shadowmmu.timeline.tracepoints import Traced, page_text
 from shadowmmu.timeline.window import ALL, Records
 
 __all__ = ["FtraceLines", "header", "write_ftrace"]
@@ -42,9 +31,6 @@ _SELF: Final = ("shadowmmu", 1, 0)
 _PLAIN: Final = "....."
 _LOCKED: Final = "...1."  # preemption is off under a spinlock
 _ENTRY: Final = "d..1."  # and interrupts, right before an entry
-
-_ACCESS: Final = ("---", "--x", "w--", "w-x", "-u-", "-ux", "wu-", "wux")
-_PFERR: Final = ((1, "P"), (2, "W"), (4, "U"), (8, "RSVD"), (16, "F"))
 
 _HEADER: Final = """\
 # tracer: nop
@@ -67,25 +53,8 @@ def header(lines: int, cpus: int) -> str:
     return _HEADER.format(numbers=f"{lines}/{lines}   #P:{cpus}".ljust(40))
 
 
-def _pferr(code: int) -> str:
-    flags = "|".join(name for bit, name in _PFERR if code & bit)
-    return f"pferr {code:x} {flags}"
-
-
-def _page(page: Page, root_count: int) -> str:
-    """KVM_MMU_PAGE_PRINTK."""
-    role = page.role
-    size = 8 if role & (ROLE_CR4_PAE | ROLE_DIRECT) else 4
-    return (
-        f"sp gfn {page.gfn:x} l{role & ROLE_LEVEL_MASK} {size}-byte "
-        f"q{(role & ROLE_QUADRANT_MASK) >> ROLE_QUADRANT_SHIFT}{' direct' if role & ROLE_DIRECT else ''} "
-        f"{_ACCESS[(role & ROLE_ACCESS_MASK) >> ROLE_ACCESS_SHIFT]}{' invalid' if role & ROLE_INVALID else ''} "
-        f"{'' if role & ROLE_NXE else '!'}nxe root {root_count} {'unsync' if page.unsync else 'sync'}"
-    )
-
-
 class FtraceLines:
-    """Takes the events of a run in order; `put` gets a time in nanoseconds and the line for it.
+    """Takes the events of a run and the tracepoints among them, in order; `put` gets a time in nanoseconds and a line.
 
     `tdp` NPT: exits have the names of AMD's processors, else of Intel's. Lines are put of what follows from `records`.
     The line of an exit that writes a register comes when it is known which, with the exit's time: whoever writes the
@@ -101,7 +70,6 @@ class FtraceLines:
         self._operations: dict[int, tuple[int, int]] = {}  # (vCPU, thread) by number
         self._holder: tuple[int, int] | None = None
         self._injected: dict[int, int] = {}  # error code, by vCPU, for its next entry
-        self._writing: dict[int, bool] = {}  # whether the vCPU's last exit was a write that faulted
         self._register_exits: dict[int, tuple[int, ev.Exited]] = {}  # with their times, by vCPU
         self._cpus: set[int] = set()
         self._records = records
@@ -115,11 +83,10 @@ class FtraceLines:
             ev.OperationEnded: self._operation_ended,
             ev.LockTaken: self._lock_taken,
             ev.LockReleased: self._lock_released,
-            ev.ShadowPageCreated: self._created,
+            ev.ShadowPageCreated: self._pages.created,
             ev.ShadowPageUnsynced: self._unsynced,
             ev.ShadowPageSynced: self._synced,
             ev.ShadowPageZapped: self._zapped,
-            ev.GpteUpdate: self._gpte_update,
             ev.PagingRegisters: lambda event: self._register_exit(event.vcpu, event.register),
             ev.MmioAccess: self._mmio,
             ev.AuditFailed: lambda event: self._mark(f"audit failed: {event.check}: {event.text}"),
@@ -137,6 +104,14 @@ class FtraceLines:
         if handler is not None:
             self._now = time
             handler(event)
+
+    def traced(self, time: int, hit: Traced) -> None:
+        """The next tracepoint, at `time` in nanoseconds."""
+        self._now = time
+        if hit.vcpu is None:
+            self._locked_line(hit.text)
+        else:
+            self._vcpu_line(hit.vcpu, hit.text)
 
     def violation(self, time: int, text: str) -> None:
         """The event before broke a rule of coherence."""
@@ -179,7 +154,6 @@ class FtraceLines:
         self._vcpu_line(event.vcpu, f"kvm_entry: vcpu {event.vcpu}", _ENTRY)
 
     def _exited(self, event: ev.Exited) -> None:
-        self._writing[event.vcpu] = event.reason == "page_fault" and event.error_code & PFERR_WRITE_MASK != 0
         if event.reason == "register_write":
             if not self._muted:
                 self._register_exits[event.vcpu] = self._now, event
@@ -214,7 +188,6 @@ class FtraceLines:
             self._register_exit(vcpu, "")
 
     def _inject(self, event: ev.Injected) -> None:
-        self._vcpu_line(event.vcpu, f"kvm_mmu_walker_error: {_pferr(event.error_code)}")
         self._injected[event.vcpu] = event.error_code
 
     def _mmio(self, event: ev.MmioAccess) -> None:
@@ -240,12 +213,10 @@ class FtraceLines:
 
     # --- group kvmmmu --------------------------------------------------------------------------------------------
 
-    def _page_line(self, name: str, sp: int, more: str = "") -> None:
-        self._locked_line(f"{name}: {_page(self._pages.page(sp), self._pages.root_count(sp))}{more}")
-
-    def _created(self, event: ev.ShadowPageCreated) -> None:
-        self._pages.created(event)
-        self._page_line("kvm_mmu_get_page", event.sp, " new")
+    def _page_line(self, name: str, sp: int) -> None:
+        page = self._pages.page(sp)
+        text = page_text(page.gfn, page.role, self._pages.root_count(sp), unsync=page.unsync)
+        self._locked_line(f"{name}: {text}")
 
     # The kernel traces these three before it changes the page.
 
@@ -260,12 +231,6 @@ class FtraceLines:
     def _zapped(self, event: ev.ShadowPageZapped) -> None:
         self._page_line("kvm_mmu_prepare_zap_page", event.sp)
         self._pages.zapped(event)
-
-    def _gpte_update(self, event: ev.GpteUpdate) -> None:
-        """A walk sets A first, and then, for a write, D in the leaf."""
-        dirty = event.value & PT_DIRTY_MASK and self._writing.get(event.vcpu)
-        name = "kvm_mmu_set_dirty_bit" if dirty else "kvm_mmu_set_accessed_bit"
-        self._vcpu_line(event.vcpu, f"{name}: gpa {event.gpa:x}")
 
 
 def write_ftrace(execution: Execution, out: BinaryIO, records: Records = ALL) -> Ending:
@@ -283,7 +248,7 @@ def write_ftrace(execution: Execution, out: BinaryIO, records: Records = ALL) ->
     out.write(header(0, 0).encode())
     sorter = Sorter(write)
     lines = FtraceLines(sorter.put, execution.tdp, records)
-    ending = execution.play(lines)
+    ending = execution.play(lines, lines.traced)
     lines.end()
     sorter.end()
     out.seek(0)

@@ -54,7 +54,7 @@ _KVM_LEFT_OUT: Final = frozenset(
     {
         "_last_slot", "_last_visible_slot", "_memory_points", "_visible_memslots", "config", "host", "memory",
         "notrap", "page_header", "point_gpte_read", "point_read_guest_memory", "point_spte_update", "profile",
-        "spte_format", "stat", "trace", "vcpus", "work",
+        "spte_format", "stat", "trace", "tracepoints", "vcpus", "work",
     }
 )  # fmt: skip
 _HOST_LEFT_OUT: Final = frozenset({"_kvm", "_memories", "_bases", "_last"})

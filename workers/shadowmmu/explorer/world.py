@@ -10,7 +10,7 @@ Relies on `shadowmmu.machine` in its stepwise form, where operations stop at eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from typing import Final
 
 from shadowmmu.checker import Checker, Rule, Violation
@@ -23,8 +23,8 @@ from shadowmmu.explorer.program import LitmusProgram
 from shadowmmu.explorer.scenario import HostStep, Scenario, SetupStep
 from shadowmmu.explorer.turns import Turns
 from shadowmmu.explorer.workload_program import WorkloadProgram
-from shadowmmu.kvm import Backing, KvmConfig, MemorySlot, Profile
-from shadowmmu.machine import Attached, HostAsked, HostDone, Machine, Task, ToVcpu, VcpuSent, welcome
+from shadowmmu.kvm import Backing, KvmConfig, MemorySlot, Profile, Tracepoints
+from shadowmmu.machine import Attached, HostAsked, HostDone, HostRefused, Machine, Task, ToVcpu, VcpuSent, welcome
 from shadowmmu.protocol import messages as m
 from shadowmmu.protocol.events import Event
 
@@ -103,7 +103,7 @@ class World:
 
     `violation` is what the checker found; nothing is enabled after it. `schedule` is who took the steps so far.
     `listener` is called with the events of each step, and the actor (-1: the set-up). `coverage` counts pairs of
-    points.
+    points. `tracepoints` makes, from the events of a step so far, who is told of tracepoints.
     """
 
     def __init__(
@@ -112,6 +112,7 @@ class World:
         profile: str,
         listener: Callable[[Actor, list[Event]], None] | None = None,
         coverage: PairCoverage | None = None,
+        tracepoints: Callable[[Sized], Tracepoints] | None = None,
     ) -> None:
         self.scenario = scenario
         self.schedule: list[Actor] = []
@@ -123,6 +124,8 @@ class World:
         self.checker = Checker()
         self.turns = Turns()
         self.machine = Machine(config, FirstChoice(), self._tap, kvm_config(scenario, profile))
+        if tracepoints is not None:
+            self.machine.kvm.tracepoints = tracepoints(self._tap.events)
         vcpus = scenario.vcpus
         workload = scenario.workload
         self.programs: list[LitmusProgram | WorkloadProgram] = [
@@ -328,8 +331,8 @@ class World:
             self._host_busy[number] = True
             self._submit(HostAsked(number + 1, step.operation))
             task = self._host_task(number)
-        assert task is not None
-        self._advance(task)
+        if task is not None:  # else it was refused: there is no such slot, or no such page in it
+            self._advance(task)
 
     def _advance(self, task: Task) -> None:
         if self._coverage is not None and not self._held:
@@ -358,10 +361,10 @@ class World:
                         self.cores[vcpu].receive(body)
                         self._send(vcpu)
                         self._apply(vcpu)
-                    case HostDone(ticket) if ticket:
+                    case HostDone(ticket) | HostRefused(ticket) if ticket:
                         self._host_busy[ticket - 1] = False
                         self.host_position[ticket - 1] += 1
-                    case HostDone():
+                    case HostDone() | HostRefused():
                         pass
         for number, pending in enumerate(self.kicks):
             if pending is not None and not (
