@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from itertools import pairwise
 
@@ -82,6 +83,23 @@ def test_vcpus_store_to_entries_that_others_use(guests: list[Scenario]) -> None:
         if guest.vcpus == 2 and _table_words(guest.programs[0]) & _table_words(guest.programs[1])
     ]
     assert len(colliding) > len(guests) / 20
+
+
+def _is_switched_and_back(test: str) -> bool:
+    """Whether some L2 entry is stored another table or large page, and the one that it had at the start."""
+    begin = {
+        f"{table}[{index}]": frame
+        for table, entries in re.findall(r"^\[tables\.(L2\w)\]\n((?:\d.*\n)*)", test, re.MULTILINE)
+        for index, frame in re.findall(r'^(\d+) = "(\w+) ', entries, re.MULTILINE)
+    }
+    stored: dict[str, set[str]] = {}
+    for place, frame in re.findall(r"^(?:store|xchg) @(L2\w\[\d+\]) = (\w+) ", test, re.MULTILINE):
+        stored.setdefault(place, set()).add(frame)
+    return any(begin.get(place) in frames and len(frames) > 1 for place, frames in stored.items())
+
+
+def test_some_guests_let_another_table_take_the_place_of_one_for_a_while() -> None:
+    assert sum(_is_switched_and_back(draw_test(seed)) for seed in SEEDS) > len(SEEDS) / 30
 
 
 def test_some_changes_are_followed_by_an_invalidation_and_some_are_not(guests: list[Scenario]) -> None:

@@ -181,7 +181,7 @@ def test_a_program_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> N
     def broken(*_: object, **__: object) -> None:
         raise ArithmeticError("a defect of the model")
 
-    monkeypatch.setattr("shadowmmu.explorer.hunt_look.execute", broken)
+    monkeypatch.setattr("shadowmmu.explorer.hunt_look._finish", broken)
     caught = look_at(Look(0, 1, "fixed")).caught
     assert caught is not None
     assert caught.cause == Cause(CauseKind.CRASH, detail="ArithmeticError: a defect of the model")

@@ -1,4 +1,4 @@
-"""PCT with change points by actor: an actor is stopped as easily in its few steps as another in its many."""
+"""PCT with change points by actor, or by place: whoever takes few steps, and the rare places, are not passed over."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from collections import Counter
 from itertools import groupby
 
 from shadowmmu.explorer.actors import Actor, host, kick, vcpu
-from shadowmmu.explorer.hunt_chooser import ActorPctChooser
+from shadowmmu.explorer.choosers import FollowChooser
+from shadowmmu.explorer.hunt_chooser import ActorPctChooser, PlacePctChooser, StopCounter, place_of
+from shadowmmu.explorer.litmus import parse_litmus
+from shadowmmu.explorer.world import World
+from tests.explorer.guests import ONE_PAGE
 
 STEPS = {vcpu(0): 200, vcpu(1): 200, host(0): 5}
 
@@ -50,3 +54,63 @@ def test_no_change_is_spent_on_kicks() -> None:
     kicks = {kick(number): 1 for number in range(20)}
     stopped = [seed for seed in range(60) if len(_run(seed, 1, {vcpu(0): 20, vcpu(1): 20, **kicks})) > 22]
     assert len(stopped) > 10
+
+
+# --- by the kind of place --------------------------------------------------------------------------------------------
+
+COMMON, RARE = "READ_GUEST_MEMORY", "PTE_WRITE_LOCK"
+STOPS = {(vcpu(0), COMMON): 99, (vcpu(0), RARE): 1, (vcpu(1), COMMON): 100}
+
+
+def _stopped(seed: int, stops: dict[tuple[Actor, str], int]) -> list[tuple[Actor, str]]:
+    """Who was stopped where, with one change, when everybody is at the rare places last."""
+    where: dict[Actor, list[str]] = {}
+    for (actor, place), times in stops.items():
+        where.setdefault(actor, []).extend([place] * times)
+    position: Counter[Actor] = Counter()
+    chooser = PlacePctChooser(seed, 1, stops, lambda actor: where[actor][position[actor]])
+    schedule: list[Actor] = []
+    found = []
+    while left := [actor for actor in sorted(where) if position[actor] < len(where[actor])]:
+        actor = chooser.choose(left)
+        if schedule and actor != schedule[-1] and schedule[-1] in left:
+            found.append((schedule[-1], where[schedule[-1]][position[schedule[-1]]]))
+        position[actor] += 1
+        schedule.append(actor)
+    return found
+
+
+def test_an_actor_is_stopped_as_easily_at_a_rare_place_as_at_a_common_one() -> None:
+    stopped = Counter(stop for seed in range(400) for stop in _stopped(seed, STOPS))
+    assert stopped[vcpu(0), RARE] > 25
+    assert stopped[vcpu(0), COMMON] > 25
+    assert stopped[vcpu(1), COMMON] > 50
+
+
+def test_no_change_of_place_is_spent_on_kicks() -> None:
+    kicks = {(kick(number), "start"): 1 for number in range(20)}
+    stopped = [stop for seed in range(100) for stop in _stopped(seed, {**STOPS, **kicks})]
+    assert len(stopped) > 30
+    assert all(actor in {vcpu(0), vcpu(1)} for actor, _ in stopped)
+
+
+STORE = f"""
+setup = "v0: load x"
+[machine]
+vcpus = 1
+{ONE_PAGE}
+[[vcpu]]
+program = "store @L2[0] = 0"
+[[host]]
+program = "unmap T"
+"""
+
+
+def test_where_actors_stand_is_told_by_the_preemption_point() -> None:
+    world = World(parse_litmus(STORE, "a store to a table"), "linux-3.1")
+    counter = StopCounter(FollowChooser(()), lambda actor: place_of(world, actor))
+    while enabled := world.enabled():
+        world.step(counter.choose(enabled))
+    assert counter.stood[vcpu(0), "PTE_WRITE_LOCK"] == 1
+    assert counter.stood[host(0), "start"] == 1
+    assert {place for actor, place in counter.stood if actor == vcpu(0)} >= {"guest", "walk", "BEFORE_LOCK"}

@@ -8,7 +8,7 @@ what the architecture allows to whoever does not.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from shadowmmu.explorer.generate_subset import some_of
@@ -47,10 +47,11 @@ class IdiomWriter:
         self._tidy_rate = draw.choice((0.2, 0.5, 0.8))
         weights: dict[Callable[[], Lines], float] = {
             self._change_page: 22,
-            self._change_rights: 12,
+            self._change_rights: 15,
             self._link: 12,
             self._relink: 9,
             self._share: 6,
+            self._replace: 11,
             self._recycle: 11,
             self._resize: 6 if guest.large else 0,
             self._move_page: 4,
@@ -239,6 +240,52 @@ class IdiomWriter:
         if self._vcpus > 1:
             self._elsewhere[self._other()] = users[1]
         return lines + users[0]
+
+    def _replace(self) -> Lines:
+        """Another table, or large page, takes the place of one that is in use; perhaps for a while only (a window).
+
+        Somebody uses what is below meanwhile, also pages that nobody has used yet, and the same when it is as before.
+        """
+        draw, guest = self._draw, self._guest
+        place = self._place(2, guest.shape.levels if draw.random() < 0.3 else 2)
+        large = [used for used in guest.places(2, 2) if guest.is_large(used)]
+        if len(guest.large) > 1 and large and draw.random() < 0.5:
+            place = draw.choice(large)
+        old = guest.entries.get((place.table, place.number))
+        used = guest.through(place)
+        new = self._another(old, place.level)
+        if new is None or not used:
+            return self._link()
+        ours = self._touch_through(place) if draw.random() < 0.6 else []
+        ours += self.set_entry(place, new)
+        meanwhile = self._neighbours(used, draw.randint(1, 2))
+        users = [line for address in meanwhile for line in self.touch(address)]
+        if draw.random() < 0.6:
+            users += self.set_entry(place, old)
+            users += ["cr3"] if draw.random() < 0.5 else self._flush(meanwhile or used)
+        users += [line for address in (draw.choice(used), *meanwhile) for line in self.touch(address)]
+        if self._vcpus > 1 and draw.random() < 0.85:
+            self._elsewhere[self._other()] = users
+            return ours + self._flush(used)
+        return ours + users
+
+    def _another(self, old: Entry | None, level: int) -> Entry | None:
+        """An entry of that level like `old`, for another table or large page; None if there is none."""
+        if old is None:
+            return None
+        guest = self._guest
+        below = [*guest.tables[level - 1], *(guest.data if level == 2 else ())]
+        others = [frame for frame in (guest.large if "l" in old.flags else below) if frame != old.frame]
+        return Entry(self._draw.choice(others), old.flags) if others else None
+
+    def _neighbours(self, addresses: Sequence[Address], most: int) -> list[Address]:
+        """Some that are mapped, and differ from one of `addresses` in the last index at most."""
+        guest = self._guest
+        found = dict.fromkeys(
+            (*address.indices[:-1], index) for address in addresses for index in DATA_INDICES
+        )
+        mapped = [indices for indices in found if guest.leaf(Address("", indices)) is not None]
+        return [guest.named(indices) for indices in self._draw.sample(mapped, min(most, len(mapped)))]
 
     def _recycle(self) -> Lines:
         """A data page becomes a page table: unmapped or not, it is linked and used."""

@@ -15,8 +15,9 @@ __all__ = ["DATA_INDICES", "Address", "Entry", "GuestTables", "Place", "Shape", 
 
 UPPER_INDICES: Final = (0, 1, 2)
 """Entries of upper tables that are used: few, so that things collide."""
-DATA_INDICES: Final = (0, 1, 2, 3, 9)
-"""The same for last-level tables, and for words of data pages: prefetching maps 8 neighbours, and 9 is none of them."""
+DATA_INDICES: Final = (0, 1, 3, 9, 17)
+"""The same for last-level tables, and for words of data pages: 0, 1 and 3 are among the 8 neighbours that prefetching
+maps, 9 and 17 are among others."""
 LARGE_FRAMES: Final = 2048
 """Where the second slot begins; its tables and data are out of the linear map's reach."""
 
@@ -118,6 +119,11 @@ class GuestTables:
         }
         return list(found)
 
+    def is_large(self, place: Place) -> bool:
+        """Whether the entry maps a large page now."""
+        entry = self.entries.get((place.table, place.number))
+        return entry is not None and "l" in entry.flags
+
     def through(self, place: Place) -> list[Address]:
         """The addresses whose walks use an entry."""
         return [
@@ -129,7 +135,10 @@ class GuestTables:
     def alias(self, address: Address, place: Place) -> Address:
         """The address that differs from `address` in the index at the level of `place`; a new one gets a name."""
         at = self.shape.levels - place.level
-        indices = (*address.indices[:at], place.number, *address.indices[at + 1 :])
+        return self.named((*address.indices[:at], place.number, *address.indices[at + 1 :]))
+
+    def named(self, indices: tuple[int, ...]) -> Address:
+        """The address of these indices; a new one gets a name."""
         known = next((other for other in self.addresses if other.indices == indices), None)
         if known is not None:
             return known
@@ -199,7 +208,7 @@ def draw_tables(draw: random.Random, shape: Shape, *, large: bool, focus: float)
     guest.data = [f"G{number}" for number in range(draw.randint(2, 6))]
     guest.devices = ["device"] if draw.random() < 0.15 else []
     if large:
-        guest.large = ["B0", "B1"][: draw.randint(1, 2)]
+        guest.large = ["B0", "B1"][: draw.choice((1, 2, 2))]
         guest.far = ["S0", "S1"][: draw.randint(1, 2)]
     for level in range(shape.levels, 0, -1):
         for table in guest.tables[level]:
@@ -209,6 +218,11 @@ def draw_tables(draw: random.Random, shape: Shape, *, large: bool, focus: float)
         for index in DATA_INDICES:
             if draw.random() < 0.7:
                 guest.entries[frame, index] = Entry(draw.choice(guest.data), leaf_flags(draw, shape))
+    if large and draw.random() < 0.6:
+        table = guest.tables[2][0]
+        guest.entries[table, draw.choice(UPPER_INDICES[1:])] = Entry(
+            draw.choice(guest.large), leaf_flags(draw, guest.shape) + "l"
+        )
     if draw.random() < 0.35:
         _link_to_itself(draw, guest)
     _draw_addresses(draw, guest)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 import random
 import re
 import traceback
 import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import msgspec
@@ -21,15 +22,15 @@ from shadowmmu.checker import Rule
 from shadowmmu.explorer.actors import Actor
 from shadowmmu.explorer.attribution import attribute
 from shadowmmu.explorer.choosers import Chooser, FollowChooser, PctChooser, RandomChooser
-from shadowmmu.explorer.execution import Failure, execute
+from shadowmmu.explorer.execution import Ending, Failure, describe, execute
 from shadowmmu.explorer.generate import generate
-from shadowmmu.explorer.hunt_chooser import ActorPctChooser
+from shadowmmu.explorer.hunt_chooser import ActorPctChooser, PlacePctChooser, Stop, StopCounter, place_of
 from shadowmmu.explorer.hunt_run import execute_run
 from shadowmmu.explorer.pairs import PairCoverage
 from shadowmmu.explorer.scenario import HostStep, Scenario
 from shadowmmu.explorer.shrink import ShrinkError, shrink
 from shadowmmu.explorer.trail import Trail, follow_schedule, follow_trail
-from shadowmmu.explorer.world import ScenarioError, World
+from shadowmmu.explorer.world import ScenarioError, StepLimitError, World
 from shadowmmu.protocol import messages as m
 
 __all__ = ["Caught", "Cause", "CauseKind", "Look", "Looked", "Quarry", "Smaller", "look_at", "make_smaller"]
@@ -41,6 +42,7 @@ MOST_EXECUTIONS: Final = 64
 PCT_DEPTHS: Final = 4
 RANDOM_EVERY: Final = 8
 PCT_EVERY: Final = 5
+PLACE_CHANGES: Final = 3
 RUN_PERIOD: Final = 60
 """Of so many scenarios ..."""
 RUNS_AT_ONCE: Final = 2
@@ -143,14 +145,18 @@ def _look_at_guest(look: Look) -> Looked:
     known = int(look.known, 16)
     executions, wanted = 0, EXECUTIONS
     steps: Counter[Actor] = Counter()
+    stops: Counter[Stop] = Counter()
     caught = None
     scenario = generate(look.seed)
     try:
         while executions < wanted and caught is None:
-            chooser = _chooser(look.seed, executions, steps)
-            ending = execute(scenario, look.profile, chooser, coverage=coverage)
+            world = World(scenario, look.profile, coverage=coverage)
+            place = functools.partial(place_of, world)
+            chooser = StopCounter(_chooser(look.seed, executions, steps, stops, place), place)
+            ending = _finish(world, chooser)
             executions += 1
             steps |= Counter(ending.schedule)
+            stops |= chooser.stood
             if ending.failure is not None:
                 caught = _catch(look, scenario, ending.failure, ending.schedule)
             seen = _bits(coverage)
@@ -162,8 +168,27 @@ def _look_at_guest(look: Look) -> Looked:
     return Looked(look.number, look.seed, executions, f"{_bits(coverage):x}", caught)
 
 
-def _chooser(seed: int, execution: int, steps: Mapping[Actor, int]) -> Chooser:
-    """Nobody interrupted first, then PCT of several depths, and now and then no priorities at all."""
+def _finish(world: World, chooser: Chooser) -> Ending:
+    """Runs an execution to its end, as `execute` does; of one that has begun a chooser can see where actors stand."""
+    try:
+        while enabled := world.enabled():
+            world.step(chooser.choose(enabled))
+    except StepLimitError as error:
+        return Ending(world.outcome(), Failure(Rule.NO_PROGRESS, str(error)), tuple(world.schedule))
+    return describe(world)
+
+
+def _chooser(
+    seed: int,
+    execution: int,
+    steps: Mapping[Actor, int],
+    stops: Mapping[Stop, int],
+    place: Callable[[Actor], str],
+) -> Chooser:
+    """Nobody interrupted first, then PCT of several kinds and depths, and now and then no priorities at all.
+
+    `steps` and `stops` are what was met until now: of each actor, and where it stood.
+    """
     number = seed << 16 | execution
     if not steps:
         return FollowChooser(())
@@ -171,6 +196,8 @@ def _chooser(seed: int, execution: int, steps: Mapping[Actor, int]) -> Chooser:
         return RandomChooser(number)
     if execution % PCT_EVERY == 0:
         return PctChooser(number, 1 + execution % PCT_DEPTHS, sum(steps.values()))
+    if execution % 2:
+        return PlacePctChooser(number, 1 + execution // 2 % PLACE_CHANGES, stops, place)
     return ActorPctChooser(number, (execution + 1) % PCT_DEPTHS, steps)
 
 
