@@ -24,7 +24,17 @@ from shadowmmu.explorer.scenario import HostStep, Scenario, SetupStep
 from shadowmmu.explorer.turns import Turns
 from shadowmmu.explorer.workload_program import WorkloadProgram
 from shadowmmu.kvm import Backing, KvmConfig, MemorySlot, Profile, Tracepoints
-from shadowmmu.machine import Attached, HostAsked, HostDone, HostRefused, Machine, Task, ToVcpu, VcpuSent, welcome
+from shadowmmu.machine import (
+    Attached,
+    HostAsked,
+    HostDone,
+    HostRefused,
+    Machine,
+    Task,
+    ToVcpu,
+    VcpuSent,
+    welcome,
+)
 from shadowmmu.protocol import messages as m
 from shadowmmu.protocol.events import Event
 
