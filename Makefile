@@ -25,12 +25,13 @@ SOAK_ARGS ?=
 FUZZ_ARGS ?=
 CHAOS_ARGS ?=
 EXHAUSTIVE_ARGS ?=
+EXPERIMENTS_ARGS ?=
 CONFORM_FILES ?= $(sort $(shell find tests -name '*.jsonl.gz'))
 
 # What ruff and mypy read, as far as it is there.
 SOURCES = $(wildcard protocol services workers tests benchmarks tools)
 
-.PHONY: help venv stress test check lint types imports drift bench conform coverage mutants study exhaustive soak fuzz chaos bugs compose constraints clean
+.PHONY: help venv stress test check lint types imports drift bench conform coverage mutants study exhaustive soak fuzz chaos bugs experiments compose constraints clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
@@ -119,6 +120,9 @@ fuzz: $(READY) ## coverage-guided fuzzing, an hour in total (FUZZ_ARGS); goes on
 
 bugs: $(READY) ## a page with a diagram per bug, into docs/bugs
 	$(BIN)/python -m tools.bug_pages
+
+experiments: $(READY) ## the shipped experiments (EXPERIMENTS_ARGS) and their pages, into docs/experiments; goes on where it was stopped
+	$(BIN)/python -m tools.experiment_pages.campaign $(EXPERIMENTS_ARGS)
 
 mutants: $(READY) ## which mutants of the model the recordings and tests kill (docs/MUTATION.md, MUTANTS_ARGS)
 	$(BIN)/python -m tools.mutation $(MUTANTS_ARGS)

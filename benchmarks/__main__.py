@@ -11,6 +11,7 @@ from benchmarks.model import page_faults
 from benchmarks.service import protected_requests_per_second, requests_per_second
 from benchmarks.side_by_side import model_against
 from benchmarks.stress import accesses_per_second
+from benchmarks.virtual_time import virtual_time_per_second
 
 
 def main() -> None:
@@ -19,7 +20,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="measurements per figure")
     parser.add_argument(
         "--only",
-        choices=["model", "exploration", "service", "protection", "stress", "floods"],
+        choices=["model", "exploration", "virtual-time", "service", "protection", "stress", "floods"],
         help="only these",
     )
     parser.add_argument(
@@ -34,6 +35,8 @@ def main() -> None:
         figures.append(page_faults(arguments.runs))
     if arguments.only in (None, "exploration"):
         figures += executions_per_second(arguments.runs)
+    if arguments.only in (None, "virtual-time"):
+        figures += virtual_time_per_second(arguments.runs)
     if arguments.only in (None, "service"):
         figures += requests_per_second(arguments.runs)
     if arguments.only in (None, "protection"):

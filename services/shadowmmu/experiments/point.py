@@ -11,12 +11,14 @@ from shadowmmu.experiments.kinds.hunt import HuntKind
 from shadowmmu.experiments.kinds.kind import Kind, PointKind
 from shadowmmu.experiments.kinds.stress import StressKind
 from shadowmmu.experiments.kinds.virtual import VirtualKind
+from shadowmmu.experiments.kinds.virtual_cost import VirtualCostKind
 from shadowmmu.experiments.values import Metric, Value
 
 __all__ = ["KINDS", "Job", "Outcome", "run_point"]
 
 KINDS: Final[dict[Kind, PointKind]] = {
     Kind.VIRTUAL: VirtualKind(),
+    Kind.VIRTUAL_COST: VirtualCostKind(),
     Kind.EXPLORE: ExploreKind(),
     Kind.HUNT: HuntKind(),
     Kind.STRESS: StressKind(),

@@ -23,9 +23,14 @@ COSTS: Final = "cost."
 def reference() -> str:
     """The tables, in Markdown."""
     lines: list[str] = []
+    shown: dict[int, str] = {}
     for kind, runs in KINDS.items():
         parameters = runs.parameters
         lines += ["", f"### {kind.value}: {runs.title}", ""]
+        if id(parameters) in shown:
+            lines.append(f"The parameters of `{shown[id(parameters)]}`.")
+            continue
+        shown[id(parameters)] = kind.value
         lines += ["| parameter | values | if not given |", "| --- | --- | --- |"]
         costs = [name for name in parameters.all if name.startswith(COSTS)]
         for name, parameter in parameters.all.items():

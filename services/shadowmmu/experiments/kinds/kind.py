@@ -16,6 +16,7 @@ class Kind(enum.Enum):
     """What is run at each point."""
 
     VIRTUAL = "virtual"  # a run in virtual time
+    VIRTUAL_COST = "virtual-cost"  # the same, and how long it takes by the wall clock
     EXPLORE = "explore"  # a search of schedules
     HUNT = "hunt"  # a hunt in random guests
     STRESS = "stress"  # runs with processes: the simulator's own throughput

@@ -7,6 +7,7 @@ nothing about a kernel's speed; and it is of this machine, so points run one at 
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -115,6 +116,7 @@ class StressKind:
                 counters[name] = counters.get(name, 0) + count
         metrics: dict[str, Metric] = {
             "cores": _usable_cores(),
+            "python": platform.python_version(),
             "seconds": seconds,
             "instructions_per_second": counters.get("vcpu.instructions", 0) / seconds
             if seconds > 0

@@ -1,0 +1,5 @@
+"""See `pages`."""
+
+from tools.experiment_pages.pages import main
+
+main()
