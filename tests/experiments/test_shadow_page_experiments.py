@@ -322,6 +322,7 @@ def test_programs_are_faster_or_slower_with_unsync_pages(ratio: float, said: str
             | {
                 "cause.guest": 1000.0,
                 "vcpu.instructions": 100,
+                "lock_held": 10,
                 "iteration_cycles": (1000.0 + run.replicate)
                 * (1.0 if run.point.parameters["oos_shadow"] else ratio),
             }

@@ -49,7 +49,9 @@ def analyse(table: pl.DataFrame) -> Findings:
         column for column in table.columns if column.startswith("cause.") and column != "cause.idle"
     )
     runs = succeeded(
-        table, [name, "vcpus", "oos_shadow", "vcpu.instructions", "iteration_cycles", *causes], COUNTERS
+        table,
+        [name, "vcpus", "oos_shadow", "vcpu.instructions", "iteration_cycles", "lock_held", *causes],
+        COUNTERS,
     ).with_columns(
         pl.col(name).alias(PROGRAM),
         spent=pl.sum_horizontal(pl.col(causes).fill_null(0)),
@@ -59,10 +61,11 @@ def analyse(table: pl.DataFrame) -> Findings:
         # A workload has no iterations: then cycles of all vCPUs per instruction.
         time=pl.col("iteration_cycles") if name == "load.load" else per_instruction,
         exits=1000.0 * pl.col("timed.exits") / pl.col("vcpu.instructions"),
+        held=pl.col("lock_held") / pl.col("vcpu.instructions"),
         flushes=1000.0 * pl.col("kvm.remote_tlb_flush") / pl.col("vcpu.instructions"),
     )
     keys = [MODEL, PROGRAM, "vcpus"]
-    compared = ["time", "exits", "flushes"]
+    compared = ["time", "exits", "flushes", "held"]
     both = beside(runs.filter(pl.col("oos_shadow")), runs.filter(~pl.col("oos_shadow")), keys, compared)
     if both.is_empty():
         return Findings("There are no two runs yet with and without unsync pages.")
@@ -106,14 +109,16 @@ def _verdict(both: pl.DataFrame, keys: list[str]) -> str:
 
 def _by_vcpus(both: pl.DataFrame) -> str:
     """The geometric mean of all points of a number of vCPUs, and how often all TLBs were flushed."""
-    speeds, flushes = [], []
+    speeds, flushes, locks = [], [], []
     for (vcpus,), group in both.group_by("vcpus", maintain_order=True):
         mean = math.exp(fmean(map(math.log, group["ratio"])))
         speeds.append(f"{mean:.2f} with {vcpus}")
         flushes.append(f"{fmean(group['flushes']):.1f} and {fmean(group['flushes' + BASE]):.1f} with {vcpus}")
+        locks.append(f"{fmean(group['held']) / fmean(group['held' + BASE]):.2f} with {vcpus}")
     return (
         f"Over all programs the speed is so many times that without, by vCPUs (geometric means): {join_words(speeds)}. "
-        f"Remote flushes per 1,000 instructions, with unsync pages and without: {join_words(flushes)}."
+        f"Remote flushes per 1,000 instructions, with unsync pages and without: {join_words(flushes)}. "
+        f"mmu_lock is held so many times as long for each instruction: {join_words(locks)}."
     )
 
 
