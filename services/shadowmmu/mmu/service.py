@@ -65,9 +65,7 @@ PATIENT_TURNS: Final = 4
 WAITING_SECONDS: Final = 0.005
 """How often host requests beyond their agent's share of the time are looked at, if nothing else happens."""
 VERY_PATIENT_TURNS: Final = 100
-"""The same for operations at a point at which nothing has fallen yet; and then turns are so many seconds apart: the
-workers, which are to do something meanwhile, may be waiting for a processor."""
-QUIET_SECONDS: Final = 0.0005
+"""The same for operations at a point at which nothing has fallen yet."""
 TOKEN_BYTES: Final = 16
 KICK_SECONDS: Final = 15.0
 """A vCPU that shows signs of life, but does not answer a kick for so long, is given up."""
@@ -122,8 +120,6 @@ class MmuService:
         self._blocked = False
         self._turn_due = False
         self._quiet_turns = 0  # turns since a message came
-        self._quiet = False  # the next turn is for messages alone, and there is no hurry
-        self._quiet_turn_due = False
         self._fairness = Fairness(time.monotonic())
         tickets, last_ticket = (None, 0) if recovered is None else (recovered.tickets, recovered.last_ticket)
         self._hosts = HostRequests(self.runner, self.peers, self._fairness, tickets, last_ticket)
@@ -445,15 +441,6 @@ class MmuService:
             self._turn_due = True
             asyncio.get_running_loop().call_soon(self._turn)
 
-    def _schedule_quiet_turn(self) -> None:
-        if not self._quiet_turn_due:
-            self._quiet_turn_due = True
-            asyncio.get_running_loop().call_later(QUIET_SECONDS, self._quiet_turn)
-
-    def _quiet_turn(self) -> None:
-        self._quiet_turn_due = False
-        self._schedule_turn()
-
     def on_batch(self) -> None:
         """The endpoint has handed over what came: takes the turn at once, so that answers leave with this batch."""
         if self._turn_due:
@@ -480,20 +467,17 @@ class MmuService:
         except Exception as error:  # noqa: BLE001 - a defect ends the service, loudly, not one callback quietly
             self.fail(error)
             return
-        if more and self._quiet:
-            self._schedule_quiet_turn()
-        elif more:
+        if more:
             self._schedule_turn()
         elif self._draining and not self._blocked:
             self._idle.set()
 
     def _step(self) -> bool:
         """Makes steps; True if there is more to do. Parked operations go on when no message came for some turns."""
-        uncovered = self.runner.machine.parked_uncovered
-        patient = self._quiet_turns < (VERY_PATIENT_TURNS if uncovered else PATIENT_TURNS) and self._admitting
+        turns = VERY_PATIENT_TURNS if self.runner.machine.parked_uncovered else PATIENT_TURNS
+        patient = self._quiet_turns < turns and self._admitting
         more = self.runner.step(STEPS_PER_TURN, resume_parked=not patient)
         self._quiet_turns += 1
-        self._quiet = uncovered and not more
         return more or (patient and self.runner.machine.parked)
 
     # --- snapshots -----------------------------------------------------------------------------------------------
