@@ -40,6 +40,7 @@ from shadowmmu.machine.vm_config import welcome
 from shadowmmu.mmu.fairness import Fairness
 from shadowmmu.mmu.host_requests import HostRequests
 from shadowmmu.mmu.options import SNAPSHOT_RECORDS
+from shadowmmu.mmu.patience import Patience, worker_next
 from shadowmmu.mmu.peers import Peer, Peers
 from shadowmmu.mmu.recovered import freeze, late_kick
 from shadowmmu.mmu.snapshot_files import SnapshotFiles
@@ -60,12 +61,8 @@ from shadowmmu.protocol import messages as m
 __all__ = ["MmuService"]
 
 STEPS_PER_TURN: Final = 256
-PATIENT_TURNS: Final = 4
-"""Parked operations wait so many turns for messages that are on their way, before they go on early."""
 WAITING_SECONDS: Final = 0.005
 """How often host requests beyond their agent's share of the time are looked at, if nothing else happens."""
-VERY_PATIENT_TURNS: Final = 100
-"""The same for operations at a point at which nothing has fallen yet."""
 TOKEN_BYTES: Final = 16
 KICK_SECONDS: Final = 15.0
 """A vCPU that shows signs of life, but does not answer a kick for so long, is given up."""
@@ -119,7 +116,8 @@ class MmuService:
         self._draining = False
         self._blocked = False
         self._turn_due = False
-        self._quiet_turns = 0  # turns since a message came
+        self._patience = Patience(time.monotonic())
+        self._look_again: asyncio.TimerHandle | None = None  # set while all that there is to do is to wait
         self._fairness = Fairness(time.monotonic())
         tickets, last_ticket = (None, 0) if recovered is None else (recovered.tickets, recovered.last_ticket)
         self._hosts = HostRequests(self.runner, self.peers, self._fairness, tickets, last_ticket)
@@ -378,7 +376,7 @@ class MmuService:
     def _act(self, peer: Peer, envelope: Envelope) -> None:
         body = envelope.body
         if not isinstance(body, m.Heartbeat):
-            self._quiet_turns = 0
+            self._patience.heard(time.monotonic())
         match body:
             case m.HostRequest() if self._started:
                 self._hosts.ask(peer.session.incarnation, body)
@@ -473,12 +471,22 @@ class MmuService:
             self._idle.set()
 
     def _step(self) -> bool:
-        """Makes steps; True if there is more to do. Parked operations go on when no message came for some turns."""
-        turns = VERY_PATIENT_TURNS if self.runner.machine.parked_uncovered else PATIENT_TURNS
-        patient = self._quiet_turns < turns and self._admitting
+        """Makes steps; True if there is more to do now. Parked operations go on when no message came for a while."""
+        machine = self.runner.machine
+        left = self._patience.left(time.monotonic(), worker_next=worker_next(machine))
+        patient = left is not None and self._admitting
         more = self.runner.step(STEPS_PER_TURN, resume_parked=not patient)
-        self._quiet_turns += 1
-        return more or (patient and self.runner.machine.parked)
+        if more or not patient or not machine.parked:
+            return more
+        if not left or self._draining:
+            return True
+        self._look_again_in(left)
+        return False
+
+    def _look_again_in(self, seconds: float) -> None:
+        if self._look_again is not None:
+            self._look_again.cancel()
+        self._look_again = asyncio.get_running_loop().call_later(seconds, self._schedule_turn)
 
     # --- snapshots -----------------------------------------------------------------------------------------------
 
