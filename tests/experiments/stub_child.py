@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,8 +26,12 @@ def run(job: Job) -> Mapping[str, Metric]:
                 time.sleep(3600)
         case "print":
             os.write(1, b"this is no result\n")
+        case "read":
+            sys.stdin.read()
         case "large":
             return {"count": 1 << 63}
+        case "many":
+            return {f"metric {n}": n for n in range(20_000)}
         case "clash":
             return {"test": 1}
         case "flaky":

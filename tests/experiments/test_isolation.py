@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 
-from shadowmmu.experiments.isolation import Children
+from shadowmmu.experiments.isolation import Children, _Child
 from shadowmmu.experiments.kinds.kind import Kind
 from shadowmmu.experiments.point import Job, Outcome
 from shadowmmu.experiments.values import Metric
@@ -49,6 +51,25 @@ def test_a_run_that_does_not_end_is_given_up(children: Children) -> None:
 
 def test_what_a_run_prints_is_no_result(children: Children) -> None:
     assert children.execute(job("print")).metrics == GOOD | {"length": 5}
+
+
+def test_a_run_that_reads_its_input_takes_no_jobs_from_it(children: Children) -> None:
+    assert children.execute(job("read")).metrics == GOOD
+    assert children.execute(job("good")) == Outcome(GOOD)
+
+
+@pytest.mark.parametrize("test", ["good", "hang"])
+def test_a_child_whose_parent_is_gone_ends_with_all_its_group(test: str) -> None:
+    child = _Child(STUB)
+    assert child.ask(job("good")) == Outcome(GOOD)
+    child._connection.send_bytes(msgspec.msgpack.encode(job(test)))
+    child._connection.close()
+    assert child._process.wait(60) == -signal.SIGKILL
+    child.close()
+
+
+def test_an_outcome_may_be_larger_than_what_a_socket_holds(children: Children) -> None:
+    assert children.execute(job("many")).metrics == {f"metric {n}": n for n in range(20_000)}
 
 
 def test_numbers_that_no_column_can_have_are_failures(children: Children) -> None:

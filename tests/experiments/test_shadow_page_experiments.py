@@ -12,7 +12,6 @@ import polars as pl
 import pytest
 
 from shadowmmu.experiments.analyses import module_name
-from shadowmmu.experiments.comparison import crossing
 from shadowmmu.experiments.design import Run, check_points, runs_of
 from shadowmmu.experiments.findings import Findings, FindingsError
 from shadowmmu.experiments.kinds.virtual import VirtualKind
@@ -329,10 +328,3 @@ def test_programs_are_faster_or_slower_with_unsync_pages(ratio: float, said: str
         ),
     )
     assert said in analyse("unsync-loads", table).answer
-
-
-def test_a_crossing_is_where_a_line_falls_to_the_level() -> None:
-    assert crossing([(0.0, 3.0), (1.0, -1.0)]) == pytest.approx(0.75)
-    assert crossing([(1.0, 0.5), (0.0, 3.0)], 1.0) == pytest.approx(0.8)
-    assert crossing([(2.0, -1.0), (3.0, 1.0)]) == 2.0
-    assert crossing([(0.0, 3.0), (1.0, 2.0)]) is None

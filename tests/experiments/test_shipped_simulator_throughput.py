@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from shadowmmu.experiments.analyses.simulator_throughput import analyse
+from shadowmmu.experiments.design import points_of
 from tests.experiments.shipped import checked, table_of
 
 SPEC = checked("simulator-throughput")
@@ -21,7 +22,10 @@ def row(machines: int, vcpus: int, rate: float, cores: int = 2) -> dict[str, obj
 
 
 def test_it_goes_to_eight_processes_and_four_machines() -> None:
-    assert SPEC.grid == {"machines": [1, 2, 4], "vcpus": [1, 2, 4, 8]}
+    points = [point.parameters for point in points_of(SPEC)]
+    assert {(point["machines"], point["vcpus"]) for point in points} == {
+        (machines, vcpus) for machines in (1, 2, 4) for vcpus in (1, 2, 4, 8)
+    }
 
 
 def test_a_machine_that_does_not_get_faster_is_limited_by_its_service() -> None:

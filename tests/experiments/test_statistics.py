@@ -8,7 +8,14 @@ import statistics
 import polars as pl
 import pytest
 
-from shadowmmu.experiments.statistics import Interval, mean_interval, summary, t_quantile
+from shadowmmu.experiments.statistics import (
+    Interval,
+    mean_interval,
+    means_by,
+    renamed,
+    summary,
+    values_by,
+)
 
 
 @pytest.mark.parametrize(
@@ -16,19 +23,24 @@ from shadowmmu.experiments.statistics import Interval, mean_interval, summary, t
     [
         (1, 12.7062047, 63.6567412),
         (2, 4.3026527, 9.9248432),
-        (4, 2.7764451, 4.6040949),
         (9, 2.2621572, 3.2498355),
-        (29, 2.0452296, 2.7563859),
         (100, 1.9839715, 2.6258905),
-        (100_000, 1.9599877, 2.5758785),
     ],
 )
-def test_quantiles_are_those_of_the_printed_table(
+def test_an_interval_is_that_of_the_printed_table_of_students_t(
     freedom: int, two_sided_95: float, two_sided_99: float
 ) -> None:
-    assert t_quantile(0.975, freedom) == pytest.approx(two_sided_95, abs=1e-6)
-    assert t_quantile(0.995, freedom) == pytest.approx(two_sided_99, abs=1e-6)
-    assert t_quantile(0.5, freedom) == pytest.approx(0.0, abs=1e-9)
+    values = [float(value) for value in range(freedom + 1)]
+    standard_error = statistics.stdev(values) / len(values) ** 0.5
+    for confidence, quantile in ((0.95, two_sided_95), (0.99, two_sided_99)):
+        n, mean, low, high = mean_interval(values, confidence)
+        assert (n, mean) == (freedom + 1, freedom / 2)
+        assert low is not None and mean - low == pytest.approx(quantile * standard_error, rel=1e-7)
+        assert high is not None and high - mean == pytest.approx(quantile * standard_error, rel=1e-7)
+
+
+def test_an_interval_is_of_plain_numbers() -> None:
+    assert {type(end) for end in mean_interval([1.0, 2.0])} == {int, float}
 
 
 def test_one_value_has_a_mean_and_no_interval() -> None:
@@ -60,7 +72,21 @@ def test_a_summary_has_a_row_per_combination_in_order() -> None:
         (2, True, 2, 2.0),
         (1, False, 2, 7.0),
     ]
-    half = t_quantile(0.975, 1) * statistics.stdev([1.0, 3.0]) / 2**0.5
-    assert rows[0]["time.low"] == pytest.approx(2.0 - half)
-    assert rows[0]["time.high"] == pytest.approx(2.0 + half)
-    assert rows[1]["time.low"] is None
+    _, _, low, high = mean_interval([1.0, 3.0])
+    assert (rows[0]["time.low"], rows[0]["time.high"]) == (low, high)
+    assert (rows[1]["time.low"], rows[1]["time.high"]) == (None, None)
+
+
+def test_values_and_means_stand_at_their_combination_in_order() -> None:
+    table = pl.DataFrame({"size": [2, 1, 2], "hit": [True, True, True], "time": [1, 7, 3]})
+    assert list(values_by(table, ["size", "hit"], "time").items()) == [
+        ((2, True), [1.0, 3.0]),
+        ((1, True), [7.0]),
+    ]
+    assert means_by(table, ["size"], "time") == {(2,): 2.0, (1,): 7.0}
+
+
+def test_a_column_is_renamed_with_the_ends_of_its_interval() -> None:
+    means = summary(pl.DataFrame({"size": [2], "time": [1.0]}), ["size"], ["time"])
+    names = renamed(means, {"time": "seconds", "size": "pages", "speed": "not there"}).columns
+    assert names == ["pages", "runs", "seconds", "seconds.low", "seconds.high"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Final
 
 import altair as alt
@@ -11,15 +12,25 @@ from altair.typing import ChartType
 from shadowmmu.experiments.spec import Plot
 from shadowmmu.experiments.statistics import summary
 
-__all__ = ["declared_chart"]
+__all__ = ["declared_chart", "declared_charts", "in_percent"]
 
 MOST_TICKS: Final = 12
 """Values on an axis that all have a tick."""
-NUMBERS: Final = "~s"
-"""Numbers on axes: 1.2M for 1,200,000."""
+NUMBERS: Final = "format(datum.value, abs(datum.value) < 1000 ? '.4~g' : '.4~s')"
+"""Numbers on axes, a Vega expression: 1.2M for 1,200,000, and 0.02 (not 20m) for 0.02."""
 PRECISE: Final = ",.5~g"
 _X: Final = "x"
 _Y: Final = "y"
+
+
+def declared_charts(plots: Iterable[tuple[Plot, pl.DataFrame]]) -> list[tuple[str, ChartType]]:
+    """Plots of tables of runs that succeeded, with their titles; none of a table without rows."""
+    return [(plot.title, declared_chart(plot, table)) for plot, table in plots if table.height]
+
+
+def in_percent(table: pl.DataFrame, *shares: str) -> pl.DataFrame:
+    """The table with these columns, which are shares, in per cent."""
+    return table.with_columns(pl.col(shares) * 100.0)
 
 
 def declared_chart(plot: Plot, table: pl.DataFrame) -> ChartType:
@@ -49,7 +60,7 @@ def declared_chart(plot: Plot, table: pl.DataFrame) -> ChartType:
     if plot.color is not None:
         encodings["color"] = alt.Color("color:N", title=plot.color, sort=list(dict.fromkeys(data["color"])))
     y_title = plot.y_title or plot.y
-    scale, axis = _scale(logarithmic=plot.log_y), alt.Axis(format=NUMBERS)
+    scale, axis = _scale(logarithmic=plot.log_y), alt.Axis(labelExpr=NUMBERS)
     base = alt.Chart(data).encode(**encodings)
     marks = base.mark_line(point=True) if numeric else base.mark_point(filled=True, size=60)
     tooltip = [
@@ -73,7 +84,7 @@ def _x(plot: Plot, data: pl.DataFrame) -> alt.X:
     """An axis of numbers; a tick at each of them if they are few."""
     places = sorted(set(data[_X].drop_nulls()))
     few = 0 < len(places) <= MOST_TICKS
-    axis = alt.Axis(values=places, grid=False, format=NUMBERS) if few else alt.Axis(format=NUMBERS)
+    axis = alt.Axis(values=places, grid=False, labelExpr=NUMBERS) if few else alt.Axis(labelExpr=NUMBERS)
     return alt.X(f"{_X}:Q", title=plot.x_title or plot.x, scale=_scale(logarithmic=plot.log_x), axis=axis)
 
 

@@ -1,7 +1,7 @@
 """The process in which the runs of a sweep are made: `python -m shadowmmu.experiments.child`, of `isolation`.
 
-It reads jobs from its standard input, makes one run at a time, and writes outcomes to its standard output. When its
-parent is gone, it ends at once, with whatever the run has started.
+Its standard input is a socket, from which it takes jobs and to which it writes outcomes; it makes one run at a time.
+When its parent is gone, it ends at once, with whatever the run has started.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Final
+from multiprocessing.connection import Connection
+from typing import Any, Final
 
 import msgspec
 
-from shadowmmu.experiments.frames import PipeEndedError, read_frame, write_frame
 from shadowmmu.experiments.point import Job, Outcome, run_point
 from shadowmmu.experiments.values import Metric
 from shadowmmu.machine.version import code_version
@@ -32,24 +32,31 @@ LARGEST: Final = (1 << 63) - 1
 def serve(run: Callable[[Job], Mapping[str, Metric]]) -> None:
     """Makes runs until the parent is gone. Does not return."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    results = os.dup(1)
-    os.dup2(2, 1)  # what a run prints is no result
+    parent = _parent()
     jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
-    threading.Thread(target=_read_jobs, args=(jobs,), daemon=True).start()
-    write_frame(results, READY)
-    while True:
-        outcome = _outcome(run, jobs.get())
-        try:
-            write_frame(results, msgspec.msgpack.encode(outcome))
-        except PipeEndedError:
-            _end()
+    threading.Thread(target=_read_jobs, args=(parent, jobs), daemon=True).start()
+    try:
+        parent.send_bytes(READY)
+        while True:
+            parent.send_bytes(msgspec.msgpack.encode(_outcome(run, jobs.get())))
+    except OSError:
+        _end()
 
 
-def _read_jobs(jobs: queue.SimpleQueue[Job]) -> None:
+def _parent() -> Connection[Any, Any]:
+    """The connection, which no run can read from, and no process that a run starts keeps open."""
+    parent: Connection[Any, Any] = Connection(os.dup(0))
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    return parent
+
+
+def _read_jobs(parent: Connection[Any, Any], jobs: queue.SimpleQueue[Job]) -> None:
     decoder = msgspec.msgpack.Decoder(Job)
     try:
         while True:
-            jobs.put(decoder.decode(read_frame(0)))
+            jobs.put(decoder.decode(parent.recv_bytes()))
     finally:
         _end()
 

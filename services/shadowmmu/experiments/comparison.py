@@ -1,4 +1,4 @@
-"""What analyses that compare runs pair by pair have in common: each run beside its baseline, intervals, crossings.
+"""What analyses have in common: the runs that succeeded, each beside its baseline, crossings, and how it is said.
 
 A pair has the same parameters but for what is compared, and the same replicate (with common random numbers: the same
 guest). Relies on the table of `shadowmmu.experiments.results` and on Student's intervals of `statistics`.
@@ -21,8 +21,11 @@ __all__ = [
     "failures_said",
     "in_words",
     "join_words",
+    "largest_change",
     "paragraphs",
     "percent",
+    "ratio",
+    "saved",
     "succeeded",
 ]
 
@@ -31,13 +34,18 @@ BASE = ".base"
 
 
 def succeeded(table: pl.DataFrame, columns: Iterable[str], counters: Iterable[str] = ()) -> pl.DataFrame:
-    """The runs that succeeded; counters of what a run has not met are 0. Raises FindingsError without a column."""
+    """The runs that succeeded; counters of what a run has not met are 0.
+
+    Raises FindingsError if there are none, or without a column.
+    """
+    good = table.filter(pl.col("status") == Status.OK.value)
+    if good.is_empty():
+        raise FindingsError("no run has succeeded")
     missing = [name for name in columns if name not in table.columns]
     if missing:
         raise FindingsError(
             f"the table has no column {missing[0]!r}; this analysis is for another experiment"
         )
-    good = table.filter(pl.col("status") == Status.OK.value)
     return good.with_columns(
         pl.col(name).fill_null(0) if name in good.columns else pl.lit(0).alias(name) for name in counters
     )
@@ -57,6 +65,21 @@ def beside(
         how="inner",
         maintain_order="left",
     )
+
+
+def ratio(metric: str) -> pl.Expr:
+    """Of runs beside their baselines: the metric, as a multiple of the baseline's."""
+    return pl.col(metric) / pl.col(metric + BASE)
+
+
+def saved(metric: str) -> pl.Expr:
+    """Of runs beside their baselines: by which share the metric is less than the baseline's."""
+    return 1.0 - ratio(metric)
+
+
+def largest_change(pairs: pl.DataFrame, metric: str) -> float:
+    """By which share runs differ from their baselines at most, up or down. There has to be one."""
+    return max(abs(float(value) - 1.0) for value in pairs.select(ratio(metric)).to_series())
 
 
 def crossing(points: Sequence[tuple[float, float]], level: float = 0.0) -> float | None:

@@ -13,7 +13,7 @@ import polars as pl
 from altair.typing import ChartType
 
 from shadowmmu.experiments.analyses import module_name
-from shadowmmu.experiments.charts import declared_chart
+from shadowmmu.experiments.charts import declared_charts
 from shadowmmu.experiments.results import SweepFolder
 from shadowmmu.experiments.spec import SweepSpec
 from shadowmmu.experiments.statistics import CONFIDENCE, summary
@@ -76,7 +76,7 @@ def general_findings(spec: SweepSpec, table: pl.DataFrame) -> Findings:
     return Findings(
         answer,
         [("Means per point", summary(good, spec.varied(), chosen))],
-        [(plot.title, declared_chart(plot, good)) for plot in spec.plots],
+        declared_charts((plot, good) for plot in spec.plots),
     )
 
 

@@ -14,12 +14,12 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
+from multiprocessing.connection import Pipe
 from typing import Final
 
 import msgspec
 
 from shadowmmu.experiments.child import READY, TRACEBACK_LENGTH
-from shadowmmu.experiments.frames import PipeEndedError, ReadTimeoutError, read_frame, write_frame
 from shadowmmu.experiments.point import Job, Outcome
 
 __all__ = ["COMMAND", "Children", "execute"]
@@ -30,16 +30,15 @@ START_SECONDS: Final = 120.0
 
 
 class _Child:
-    """A child process, and the pipes to it. It leads a process group, for itself and what its runs start."""
+    """A child process, and the connection to it. It leads a process group, for itself and what its runs start."""
 
     def __init__(self, command: Sequence[str]) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
-        self._process = subprocess.Popen(  # noqa: S603 - our own program
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, process_group=0
-        )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._stdin, self._stdout = self._process.stdin, self._process.stdout
+        self._connection, theirs = Pipe()
+        with theirs:
+            self._process = subprocess.Popen(  # noqa: S603 - our own program
+                command, stdin=theirs.fileno(), stdout=self._errors, stderr=self._errors, process_group=0
+            )
         self.ready = False
 
     def ask(self, job: Job) -> Outcome:
@@ -47,22 +46,22 @@ class _Child:
         try:
             if not self.ready:
                 self._start()
-            write_frame(self._stdin.fileno(), msgspec.msgpack.encode(job))
-            return msgspec.msgpack.decode(read_frame(self._stdout.fileno(), job.timeout), type=Outcome)
-        except ReadTimeoutError:
+            self._connection.send_bytes(msgspec.msgpack.encode(job))
+            # An outcome is a few kilobytes, which come in one piece: where its beginning is, there is all of it.
+            if self._connection.poll(job.timeout):
+                return msgspec.msgpack.decode(self._connection.recv_bytes(), type=Outcome)
             self.kill()
-            return Outcome(error=f"no result within {job.timeout:g} seconds", traceback=self._last_words())
-        except PipeEndedError:
+            error = f"no result within {job.timeout:g} seconds"
+        except (EOFError, OSError):
             self.kill()
-            return Outcome(
-                error=f"the process {_ending(self._process.returncode)}", traceback=self._last_words()
-            )
+            error = f"the process {_ending(self._process.returncode)}"
+        return Outcome(error=error, traceback=self._last_words())
 
     def _start(self) -> None:
-        try:
-            self.ready = read_frame(self._stdout.fileno(), START_SECONDS) == READY
-        except ReadTimeoutError:
-            raise PipeEndedError from None
+        """Waits until it is ready. Raises EOFError or OSError."""
+        if not self._connection.poll(START_SECONDS):
+            raise EOFError
+        self.ready = self._connection.recv_bytes() == READY
 
     def alive(self) -> bool:
         """Whether it can be asked again."""
@@ -78,12 +77,11 @@ class _Child:
     def close(self) -> None:
         """Ends it, and lets go of everything."""
         self.kill()
-        self._stdin.close()
-        self._stdout.close()
+        self._connection.close()
         self._errors.close()
 
     def _last_words(self) -> str | None:
-        """The end of what it wrote to its standard error."""
+        """The end of what it wrote to its standard output and error."""
         self._errors.seek(max(0, os.fstat(self._errors.fileno()).st_size - TRACEBACK_LENGTH))
         return self._errors.read().decode(errors="replace") or None
 

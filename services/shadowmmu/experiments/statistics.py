@@ -1,24 +1,18 @@
-"""Means and confidence intervals over replicates: Student's t, since replicates are few.
-
-The quantile of the t distribution is found by bisection of its distribution function, an incomplete beta function by
-its continued fraction (Abramowitz and Stegun, 26.5.8 and 26.7.1; evaluated by Lentz's method).
-"""
+"""Means and confidence intervals over replicates: Student's t, since replicates are few."""
 
 from __future__ import annotations
 
-import functools
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import polars as pl
+from scipy.special import stdtrit
 
-__all__ = ["CONFIDENCE", "Interval", "mean_interval", "summary", "t_quantile"]
+__all__ = ["CONFIDENCE", "Interval", "mean_interval", "means_by", "renamed", "summary", "values_by"]
 
 CONFIDENCE: Final = 0.95
-_TERMS: Final = 500
-_TINY: Final = 1e-300
 
 
 class Interval(NamedTuple):
@@ -40,65 +34,22 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> In
     n, mean = len(values), statistics.fmean(values)
     if n == 1:
         return Interval(n, mean, None, None)
-    half = t_quantile(0.5 + confidence / 2, n - 1) * statistics.stdev(values) / math.sqrt(n)
+    quantile = float(stdtrit(n - 1, 0.5 + confidence / 2))  # of NumPy's own type before
+    half = quantile * statistics.stdev(values) / math.sqrt(n)
     return Interval(n, mean, mean - half, mean + half)
 
 
-@functools.cache
-def t_quantile(probability: float, freedom: int) -> float:
-    """Where Student's t distribution of `freedom` degrees of freedom reaches a probability between 1/2 and 1."""
-    if not (0.5 <= probability < 1.0 and freedom >= 1):
-        raise ValueError(f"no quantile {probability} of t with {freedom} degrees of freedom")
-    low, high = 0.0, 1.0
-    while _t_distribution(high, freedom) < probability:
-        high *= 2.0
-    while high - low > 1e-13 * high:
-        middle = (low + high) / 2
-        if middle in (low, high):
-            break
-        if _t_distribution(middle, freedom) < probability:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
+def values_by(table: pl.DataFrame, by: Sequence[str], column: str) -> dict[tuple[object, ...], list[float]]:
+    """The values of a column for each combination of the columns `by`, in the order in which these come."""
+    return {
+        key: [float(value) for value in group[column]]
+        for key, group in table.group_by(by, maintain_order=True)
+    }
 
 
-def _t_distribution(t: float, freedom: int) -> float:
-    """The probability of a value up to t >= 0."""
-    return 1.0 - 0.5 * _incomplete_beta(freedom / (freedom + t * t), freedom / 2, 0.5)
-
-
-def _incomplete_beta(x: float, a: float, b: float) -> float:
-    """I_x(a, b), regularised."""
-    if x <= 0.0 or x >= 1.0:
-        return float(x >= 1.0)
-    scale = math.exp(
-        math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
-    )
-    # The fraction converges quickly on this side of the mean only.
-    if x < (a + 1.0) / (a + b + 2.0):
-        return scale * _beta_fraction(x, a, b) / a
-    return 1.0 - scale * _beta_fraction(1.0 - x, b, a) / b
-
-
-def _beta_fraction(x: float, a: float, b: float) -> float:
-    c, d = 1.0, 1.0 / _away_from_zero(1.0 - (a + b) * x / (a + 1.0))
-    fraction = d
-    for m in range(1, _TERMS):
-        for numerator in (
-            m * (b - m) * x / ((a + 2 * m - 1.0) * (a + 2 * m)),
-            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1.0)),
-        ):
-            d = 1.0 / _away_from_zero(1.0 + numerator * d)
-            c = _away_from_zero(1.0 + numerator / c)
-            fraction *= c * d
-        if abs(c * d - 1.0) < 1e-15:
-            break
-    return fraction
-
-
-def _away_from_zero(value: float) -> float:
-    return value if abs(value) > _TINY else _TINY
+def means_by(table: pl.DataFrame, by: Sequence[str], column: str) -> dict[tuple[object, ...], float]:
+    """The mean of a column for each combination of the columns `by`, in the order in which these come."""
+    return {key: statistics.fmean(values) for key, values in values_by(table, by, column).items()}
 
 
 def summary(table: pl.DataFrame, by: Sequence[str], metrics: Iterable[str]) -> pl.DataFrame:
@@ -114,12 +65,24 @@ def summary(table: pl.DataFrame, by: Sequence[str], metrics: Iterable[str]) -> p
         for name in names:
             values = [float(value) for value in group[name] if value is not None]
             interval = mean_interval(values) if values else None
-            row[name] = None if interval is None else interval.mean
-            row[f"{name}.low"] = None if interval is None else interval.low
-            row[f"{name}.high"] = None if interval is None else interval.high
+            found = (None, None, None) if interval is None else interval[1:]
+            row |= zip(_columns(name), found, strict=True)
         rows.append(row)
     schema: dict[str, pl.DataType | type[pl.DataType]] = {name: table.schema[name] for name in by}
     schema["runs"] = pl.Int64
     for name in names:
-        schema |= {name: pl.Float64, f"{name}.low": pl.Float64, f"{name}.high": pl.Float64}
+        schema |= dict.fromkeys(_columns(name), pl.Float64)
     return pl.DataFrame(rows, schema=schema, orient="row")
+
+
+def renamed(means: pl.DataFrame, names: Mapping[str, str]) -> pl.DataFrame:
+    """A summary whose columns are called as people read them, with the ends of their intervals.
+
+    `names`: from old to new; of columns that the summary does not have too.
+    """
+    pairs = [pair for old, new in names.items() for pair in zip(_columns(old), _columns(new), strict=True)]
+    return means.rename(dict(pairs), strict=False)
+
+
+def _columns(metric: str) -> tuple[str, str, str]:
+    return metric, f"{metric}.low", f"{metric}.high"

@@ -6,31 +6,36 @@ Relies on the load remap: `load.table_share` of the tables are out of sync when 
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Final, NamedTuple
 
 import msgspec
 import polars as pl
 from altair.typing import ChartType
 
-from shadowmmu.experiments.charts import declared_chart
+from shadowmmu.experiments.charts import declared_charts, in_percent
 from shadowmmu.experiments.comparison import (
     BASE,
     beside,
     crossing,
     failures_said,
+    largest_change,
     paragraphs,
     percent,
+    saved,
     succeeded,
 )
 from shadowmmu.experiments.findings import Findings
 from shadowmmu.experiments.spec import Plot
 
-__all__ = ["analyse"]
+__all__ = ["Kernels", "analyse", "kernels", "linux_3_1_said"]
 
 SHARE: Final = "load.table_share"
 EDITS: Final = "load.edits"
 MODEL: Final = "cost_model"
 SCAN: Final = "cost.page_unsynced"
+PLAIN: Final = pl.col(SCAN) == 1.0
 KEYS: Final = (MODEL, EDITS, SHARE)
 WORTH: Final = 0.01
 """Of an iteration's time: what saves less is called not worth it."""
@@ -42,9 +47,9 @@ COUNTERS: Final = (
     "vcpu.bypassed",
 )
 LIMITS: Final = (
-    "What the model cannot say: conversions cost it nothing but in the curves that price them, and what a scan of 512 "
-    "entries costs (there: ten times `page_unsynced`) is an assumption; so is the order of the guest's work: all edits "
-    "come before all faults. Counts are of whole runs, the warm-up included, in which nothing is bypassed yet. "
+    "What the model cannot say: conversions cost nothing in it, but for the curves that price them, and what a scan of "
+    "512 entries costs (there: ten times `page_unsynced`) is an assumption; so is the order of the guest's work: all "
+    "edits come before all faults. Counts are of whole runs, the warm-up included, in which nothing is bypassed yet. "
     "Nothing is random in this load: one run per point says all."
 )
 
@@ -59,24 +64,47 @@ def analyse(table: pl.DataFrame) -> Findings:
         exits_per_fault=pl.col("timed.exits") / pl.col("faults"),
         bypassed=pl.col("vcpu.bypassed") / pl.col("faults"),
     )
-    before, plain = pl.col("profile") == "pre-patch", pl.col(SCAN) == 1.0
     metrics = ["cycles_per_fault", "exits_per_fault"]
-    off = runs.filter(before & ~pl.col("bypass_guest_pf"))
-    on = beside(runs.filter(before & pl.col("bypass_guest_pf") & plain), off, KEYS, metrics)
-    priced = beside(runs.filter(before & pl.col("bypass_guest_pf") & ~plain), off, KEYS, metrics)
-    after = beside(runs.filter(~before), off, KEYS, metrics)
-    if on.is_empty():
+    of = kernels(runs, KEYS, metrics)
+    if of.on.filter(PLAIN).is_empty():
         return Findings("There are no two runs yet with the parameter off and on.")
-    saved = (1.0 - pl.col("cycles_per_fault") / pl.col("cycles_per_fault" + BASE)).alias("saved")
-    on, priced = on.with_columns(saved), priced.with_columns(saved)
+    on = of.on.with_columns(saved=saved("cycles_per_fault"))
+    on, priced = on.filter(PLAIN), on.filter(~PLAIN)
     crossings = _crossings(on, priced)
-    answer = paragraphs(_verdict(on), _costs(crossings, on), _after(after), LIMITS, failures_said(table))
+    answer = paragraphs(
+        _verdict(on),
+        _costs(crossings, on),
+        linux_3_1_said(of.after, "cycles_per_fault"),
+        LIMITS,
+        failures_said(table),
+    )
     return Findings(answer, [_points(on, priced), ("Where it ends", crossings)], _charts(on, priced))
 
 
-def _mean(runs: pl.DataFrame, column: str) -> float:
-    """The mean of a column, 0 without rows."""
-    return float(sum(runs[column]) / runs.height) if runs.height else 0.0
+class Kernels(NamedTuple):
+    """Runs of the tree before the patch with the parameter off; with it on, and of Linux 3.1, beside those."""
+
+    off: pl.DataFrame
+    on: pl.DataFrame
+    after: pl.DataFrame
+
+
+def kernels(runs: pl.DataFrame, keys: Sequence[str], metrics: Sequence[str]) -> Kernels:
+    """The runs by kernel and parameter; those with the same values of `keys` are compared."""
+    before = pl.col("profile") == "pre-patch"
+    off = runs.filter(before & ~pl.col("bypass_guest_pf"))
+    on = runs.filter(before & pl.col("bypass_guest_pf"))
+    return Kernels(off, beside(on, off, keys, metrics), beside(runs.filter(~before), off, keys, metrics))
+
+
+def linux_3_1_said(after: pl.DataFrame, time: str) -> str:
+    """Whether Linux 3.1, which has no such parameter, is as fast as the tree before; "" without runs."""
+    if after.is_empty():
+        return ""
+    change = largest_change(after, time)
+    if change < 0.0005:
+        return "Linux 3.1 is as fast as the tree before with the parameter off, in every run."
+    return f"Linux 3.1 and the tree before with the parameter off differ by up to {percent(change)}."
 
 
 def _faults(edits: int) -> str:
@@ -85,19 +113,16 @@ def _faults(edits: int) -> str:
 
 def _verdict(on: pl.DataFrame) -> str:
     shares, edits = sorted(set(on[SHARE])), sorted(set(on[EDITS]))
-    few = on.filter(pl.col(EDITS) == edits[0])
-    least, most = few.filter(pl.col(SHARE) == shares[0]), few.filter(pl.col(SHARE) == shares[-1])
-    best, worst = _mean(least, "bypassed"), _mean(most, "bypassed")
+    best, worst = _bypassed(on, edits[0], shares[0]), _bypassed(on, edits[0], shares[-1])
     true = worst <= 0.5 * best
     said = (
         f"{'True' if true else 'Not borne out'}: with {_faults(edits[0])} the parameter keeps {percent(best)} of the "
         f"guest's own faults from exiting when {percent(shares[0], 0)} of the tables are out of sync, and "
         f"{percent(worst)} when {percent(shares[-1], 0)} are."
     )
-    many = on.filter((pl.col(EDITS) == edits[-1]) & (pl.col(SHARE) == shares[0]))
     if edits[-1] == edits[0]:
         return said
-    rest = _mean(many, "bypassed")
+    rest = _bypassed(on, edits[-1], shares[0])
     if rest <= 0.5 * best:
         return (
             f"{said} It decays even without other unsync pages: with {_faults(edits[-1])} {percent(rest)} are "
@@ -105,6 +130,12 @@ def _verdict(on: pl.DataFrame) -> str:
             "it: it goes out of sync, and is converted."
         )
     return f"{said} The number of faults per table hardly matters: with {edits[-1]} it is {percent(rest)}."
+
+
+def _bypassed(on: pl.DataFrame, edits: int, share: float) -> float:
+    """The share of the guest's own faults that do not exit, 0 without runs."""
+    runs = on.filter((pl.col(EDITS) == edits) & (pl.col(SHARE) == share))
+    return fmean(runs["bypassed"]) if runs.height else 0.0
 
 
 def _costs(crossings: pl.DataFrame, on: pl.DataFrame) -> str:
@@ -140,34 +171,8 @@ def _costs(crossings: pl.DataFrame, on: pl.DataFrame) -> str:
     return paragraphs(f"Time saved with {_faults(edits)}, by cost model:", "\n".join(sentences), dear)
 
 
-def _after(after: pl.DataFrame) -> str:
-    if after.is_empty():
-        return ""
-    change = max(
-        abs(now / then - 1.0)
-        for now, then in zip(after["cycles_per_fault"], after["cycles_per_fault" + BASE], strict=True)
-    )
-    if change < 0.0005:
-        return "Linux 3.1, without the parameter, is as fast as the tree before with the parameter off."
-    return f"Linux 3.1 and the tree before with the parameter off differ by up to {percent(change)}."
-
-
 def _crossings(on: pl.DataFrame, priced: pl.DataFrame) -> pl.DataFrame:
     """By cost model and faults per table: where what is saved falls below what is worth it, and below the scans."""
-    rows = []
-    for (model, edits), group in on.group_by(MODEL, EDITS, maintain_order=True):
-        dear = priced.filter((pl.col(MODEL) == model) & (pl.col(EDITS) == edits))
-        points = sorted(zip(group[SHARE], group["saved"], strict=True))
-        rows.append(
-            {
-                MODEL: model,
-                EDITS: edits,
-                "saved at least share": points[0][1],
-                "saved at greatest share": points[-1][1],
-                "not worth it from share": crossing(points, WORTH),
-                "conversions dearer from share": crossing(list(zip(dear[SHARE], dear["saved"], strict=True))),
-            }
-        )
     schema = {
         MODEL: pl.String,
         EDITS: pl.Int64,
@@ -176,7 +181,12 @@ def _crossings(on: pl.DataFrame, priced: pl.DataFrame) -> pl.DataFrame:
         "not worth it from share": pl.Float64,
         "conversions dearer from share": pl.Float64,
     }
-    return pl.DataFrame(rows, schema=schema)
+    rows = []
+    for (model, edits), group in on.group_by(MODEL, EDITS, maintain_order=True):
+        dear = priced.filter((pl.col(MODEL) == model) & (pl.col(EDITS) == edits))
+        points, net = (sorted(zip(runs[SHARE], runs["saved"], strict=True)) for runs in (group, dear))
+        rows.append((model, edits, points[0][1], points[-1][1], crossing(points, WORTH), crossing(net)))
+    return pl.DataFrame(rows, schema=schema, orient="row")
 
 
 def _points(on: pl.DataFrame, priced: pl.DataFrame) -> tuple[str, pl.DataFrame]:
@@ -208,7 +218,7 @@ def _charts(on: pl.DataFrame, priced: pl.DataFrame) -> list[tuple[str, ChartType
         x_title="% of the tables that are out of sync at the faults",
         y_title="% of the faults",
     )
-    saved = Plot(
+    gain = Plot(
         title="Time saved by the parameter",
         x=SHARE,
         y="saved",
@@ -217,12 +227,10 @@ def _charts(on: pl.DataFrame, priced: pl.DataFrame) -> list[tuple[str, ChartType
         x_title="% of the tables that are unsync",
         y_title="% of an iteration",
     )
-    net = msgspec.structs.replace(saved, title="Time saved if a conversion costs ten times page_unsynced")
-    plots = [(on.filter(pl.col(MODEL) == on[MODEL][0]), bypassed), (on, saved)]
-    if priced.height:
-        plots.append((priced, net))
+    net = msgspec.structs.replace(gain, title="Time saved if a conversion costs ten times page_unsynced")
+    first = on.filter(pl.col(MODEL) == on[MODEL][0])
     named = {EDITS: "faults per table", MODEL: "cost model"}
-    return [
-        (plot.title, declared_chart(plot, runs.with_columns(pl.col(SHARE, plot.y) * 100.0).rename(named)))
-        for runs, plot in plots
-    ]
+    return declared_charts(
+        (plot, in_percent(runs, SHARE, plot.y).rename(named))
+        for plot, runs in ((bypassed, first), (gain, on), (net, priced))
+    )

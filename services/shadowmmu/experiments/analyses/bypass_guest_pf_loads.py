@@ -5,26 +5,27 @@ Without (`oos_shadow` off) every store to a shadowed table is emulated, as in th
 
 from __future__ import annotations
 
-from statistics import fmean
 from typing import Final
 
 import polars as pl
 from altair.typing import ChartType
 
-from shadowmmu.experiments.charts import declared_chart
+from shadowmmu.experiments.analyses.bypass_guest_pf import kernels, linux_3_1_said
+from shadowmmu.experiments.charts import declared_charts, in_percent
 from shadowmmu.experiments.comparison import (
-    BASE,
     beside,
     failures_said,
     in_words,
     join_words,
     paragraphs,
     percent,
+    ratio,
+    saved,
     succeeded,
 )
 from shadowmmu.experiments.findings import Findings
 from shadowmmu.experiments.spec import Plot
-from shadowmmu.experiments.statistics import summary
+from shadowmmu.experiments.statistics import means_by, renamed, summary
 
 __all__ = ["analyse"]
 
@@ -63,41 +64,33 @@ def analyse(table: pl.DataFrame) -> Findings:
         bypassed=pl.col("vcpu.bypassed") / (pl.col("kvm.pf_guest") + pl.col("vcpu.bypassed")),
         exits=pl.col("timed.exits") / pl.col("guest.iterations"),
     )
-    before = pl.col("profile") == "pre-patch"
-    off = runs.filter(before & ~pl.col("bypass_guest_pf"))
-    compared = ["iteration_cycles", "exits"]
-    on = beside(runs.filter(before & pl.col("bypass_guest_pf")), off, KEYS, compared)
-    after = beside(runs.filter(~before), off, KEYS, compared)
+    off, on, after = kernels(runs, KEYS, ["iteration_cycles", "exits"])
     if on.is_empty():
         return Findings("There are no two runs yet with the parameter off and on.")
     on = on.with_columns(
-        saved=1.0 - pl.col("iteration_cycles") / pl.col("iteration_cycles" + BASE),
-        exits_saved=1.0 - pl.col("exits") / pl.col("exits" + BASE),
+        saved=saved("iteration_cycles"),
+        exits_saved=saved("exits"),
         setting=pl.when(pl.col("oos_shadow"))
         .then(pl.lit("with unsync pages"))
         .otherwise(pl.lit("without unsync pages")),
     )
     answer = paragraphs(
-        _verdict(on), _by_load(on), _either(off, on), _after(after), LIMITS, failures_said(table)
+        _verdict(on),
+        _by_load(on),
+        _either(off, on),
+        linux_3_1_said(after, "iteration_cycles"),
+        LIMITS,
+        failures_said(table),
     )
-    means = summary(on, KEYS, ["bypassed", "exits_saved", "saved"]).rename(
-        {f"{old}{end}": f"{new}{end}" for old, new in _COLUMNS.items() for end in ("", ".low", ".high")}
-    )
+    columns = {"bypassed": "faults that do not exit", "exits_saved": "exits saved", "saved": "time saved"}
+    means = renamed(summary(on, KEYS, list(columns)), columns)
     return Findings(answer, [("By load", means)], _charts(on))
-
-
-_COLUMNS: Final = {
-    "bypassed": "faults that do not exit",
-    "exits_saved": "exits saved",
-    "saved": "time saved",
-}
 
 
 def _most(on: pl.DataFrame) -> dict[str, float]:
     """The loads, and what the parameter saves in each by the cost model that gives most."""
     most: dict[str, float] = {}
-    for (_, load), group in on.group_by(MODEL, LOAD, maintain_order=True):
-        mean = sum(group["saved"]) / group.height
+    for (_, load), mean in means_by(on, [MODEL, LOAD], "saved").items():
         most[str(load)] = max(mean, most.get(str(load), mean))
     return most
 
@@ -147,12 +140,12 @@ def _either(off: pl.DataFrame, on: pl.DataFrame) -> str:
     with_bypass = on.filter(~pl.col("oos_shadow") & (pl.col(MODEL) == model))
     pairs = beside(
         off.filter(pl.col("oos_shadow") & (pl.col(MODEL) == model)), with_bypass, [LOAD], ["iteration_cycles"]
-    ).with_columns(ratio=pl.col("iteration_cycles") / pl.col("iteration_cycles" + BASE))
+    ).with_columns(ratio=ratio("iteration_cycles"))
     if pairs.is_empty():
         return ""
-    means = {str(load): fmean(group["ratio"]) for (load,), group in pairs.group_by(LOAD, maintain_order=True)}
-    longer = [load for load, ratio in means.items() if ratio > 1.0]
-    listed = join_words([f"{ratio:.2f} in {load}" for load, ratio in means.items()])
+    means = {str(load): mean for (load,), mean in means_by(pairs, [LOAD], "ratio").items()}
+    longer = [load for load, mean in means.items() if mean > 1.0]
+    listed = join_words([f"{mean:.2f} in {load}" for load, mean in means.items()])
     dearer = (
         f"they take away more than they gain in {join_words(longer)}"
         if longer
@@ -162,16 +155,6 @@ def _either(off: pl.DataFrame, on: pl.DataFrame) -> str:
         f"With unsync pages and no parameter a load takes so many times as long as with write-protected tables and the "
         f"parameter: {listed}; so {dearer}."
     )
-
-
-def _after(after: pl.DataFrame) -> str:
-    if after.is_empty():
-        return ""
-    pairs = zip(after["iteration_cycles"], after["iteration_cycles" + BASE], strict=True)
-    change = max(abs(now / then - 1.0) for now, then in pairs)
-    if change < 0.0005:
-        return "Linux 3.1 is as fast as the tree before with the parameter off, in every run."
-    return f"Linux 3.1 and the tree before with the parameter off differ by up to {percent(change)}."
 
 
 def _charts(on: pl.DataFrame) -> list[tuple[str, ChartType]]:
@@ -195,10 +178,7 @@ def _charts(on: pl.DataFrame) -> list[tuple[str, ChartType]]:
         ),
     ]
     one_model = on.filter(pl.col(MODEL) == on[MODEL][-1])
-    return [
-        (
-            plot.title,
-            declared_chart(plot, runs.with_columns(pl.col(plot.y) * 100.0).rename({MODEL: "cost model"})),
-        )
+    return declared_charts(
+        (plot, in_percent(runs, plot.y).rename({MODEL: "cost model"}))
         for plot, runs in zip(plots, (one_model, on), strict=True)
-    ]
+    )

@@ -7,20 +7,32 @@ pages and share of writes.
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Final
 
+import msgspec
 import polars as pl
 from altair.typing import ChartType
 
-from shadowmmu.experiments.charts import declared_chart
-from shadowmmu.experiments.comparison import BASE, beside, failures_said, join_words, percent, succeeded
+from shadowmmu.experiments.charts import declared_charts, in_percent
+from shadowmmu.experiments.comparison import (
+    BASE,
+    beside,
+    failures_said,
+    join_words,
+    paragraphs,
+    percent,
+    ratio,
+    succeeded,
+)
 from shadowmmu.experiments.findings import Findings
 from shadowmmu.experiments.spec import Plot
-from shadowmmu.experiments.statistics import summary
+from shadowmmu.experiments.statistics import renamed, summary
 
 __all__ = ["analyse"]
 
 VCPUS, PAGES, SHARE, LOG = "vcpus", "load.pages", "load.write_share", "host.dirty_log"
+KEYS: Final = (VCPUS, PAGES, SHARE)
 FACTORS: Final = ("cost.page_fault", "cost.rmap_entry", "cost.lock_transfer")
 READINGS: Final = "timed.host.get_dirty_log"
 SLOTS: Final = 2
@@ -42,24 +54,26 @@ CAUSES: Final = (
 ROOMY: Final = 1.5
 """A round is long if all pages that are written to can be faulted back in less than 1 / ROOMY of it."""
 LIMITS: Final = (
-    "What the model cannot say: a guest that does nothing but memory accesses, four cycles each, is slowed down "
-    "most, so the cycles per fault "
-    "carry over to other guests, and the ratios do not. Sending pages away, what user space does with the log, and "
-    "its own walks are "
-    "not in it. The host's walk is priced by the entries that are there (KVM reads all 512 of a table)."
+    "What the model cannot say: a guest that does nothing but memory accesses, four cycles each, is slowed down most, "
+    "so the cycles per fault carry over to other guests, and the ratios do not. Sending pages away, what user space "
+    "does with the log, and its own walks are not in it. The host's walk is priced by the entries that are there (KVM "
+    "reads all 512 of a table)."
 )
 
 
 def analyse(table: pl.DataFrame) -> Findings:
     """The table of a sweep of that experiment. Raises FindingsError if it lacks something."""
     causes = [f"cause.{name}" for name in CAUSES]
-    runs = succeeded(
-        table,
-        [
-            *(VCPUS, PAGES, SHARE, LOG, *FACTORS, "iteration_cycles", "iteration_us", "cycles", "lock_held"),
-            *("timed.exits", "exits.page_fault", READINGS, *causes),
-        ],
-    )
+    measured = [
+        "iteration_cycles",
+        "iteration_us",
+        "cycles",
+        "lock_held",
+        "timed.exits",
+        "exits.page_fault",
+        READINGS,
+    ]
+    runs = succeeded(table, [*KEYS, LOG, *FACTORS, *measured, *causes])
     runs = runs.with_columns(
         round=SLOTS * pl.col(LOG),
         us=pl.col("iteration_us") / pl.col("iteration_cycles"),
@@ -70,20 +84,15 @@ def analyse(table: pl.DataFrame) -> Findings:
         plain=pl.all_horizontal([pl.col(name) == 1.0 for name in FACTORS]),
     )
     quiet = runs.filter((pl.col(LOG) == 0) & pl.col("plain"))
-    logged = beside(
-        runs.filter(pl.col(LOG) > 0),
-        quiet,
-        [VCPUS, PAGES, SHARE],
-        ["iteration_cycles", "exits.page_fault"],
-    )
+    logged = beside(runs.filter(pl.col(LOG) > 0), quiet, KEYS, ["iteration_cycles", "exits.page_fault"])
     if logged.is_empty():
         return Findings("There are no two runs yet with a dirty log and without.")
     logged = logged.with_columns(
-        slowdown=pl.col("iteration_cycles") / pl.col("iteration_cycles" + BASE),
-        round_us=pl.col("round") * pl.col("us"),
-        # The log is empty when it is switched on, which removes write access too: a round more than readings say.
+        slowdown=ratio("iteration_cycles"),
+        round_us=(pl.col("round") * pl.col("us")).round_sig_figs(6),
+        # The log of the working memory is read first, and when it is switched on, that removes write access too.
         faults=(pl.col("exits.page_fault") - pl.col("exits.page_fault" + BASE))
-        / (pl.col(READINGS) / SLOTS + 1),
+        / ((pl.col(READINGS) / SLOTS).ceil() + 1),
         fault_cycles=pl.col("outside") / pl.col("timed.exits"),
         lock_wait=pl.col("cause.lock_wait") / pl.col("total"),
         lock_used=pl.col("lock_held") / pl.col("cycles"),
@@ -92,12 +101,16 @@ def analyse(table: pl.DataFrame) -> Findings:
         dirty_share=pl.col("faults") / (pl.col(PAGES) * pl.col(VCPUS)),
     )
     one = logged.filter((pl.col(VCPUS) == 1) & pl.col("plain"))
-    said = [_verdict(one), _price(one), _writes(one), _vcpus(logged), _sensitivity(logged), LIMITS]
-    return Findings(
-        " ".join(part for part in said if part) + failures_said(table),
-        _tables(one, logged),
-        _charts(one, logged),
+    answer = paragraphs(
+        _verdict(one),
+        _price(one),
+        _writes(one),
+        _vcpus(logged),
+        _sensitivity(logged),
+        LIMITS,
+        failures_said(table),
     )
+    return Findings(answer, _tables(one, logged), _charts(one, logged))
 
 
 def _verdict(one: pl.DataFrame) -> str:
@@ -105,25 +118,22 @@ def _verdict(one: pl.DataFrame) -> str:
     if one.is_empty():
         return ""
     means = summary(one, [PAGES, SHARE, LOG], ["rounds_in_faults", "slowdown"])
-    long = means.filter(pl.col("rounds_in_faults") >= ROOMY)
-    short = means.filter(pl.col("rounds_in_faults") < 1.0)
+    long = means.filter(pl.col("rounds_in_faults") >= ROOMY)["slowdown"]
+    short = means.filter(pl.col("rounds_in_faults") < 1.0)["slowdown"]
     if long.is_empty() or short.is_empty():
-        slowdowns = means["slowdown"].to_list()
-        return f"Dirty logging slows the guest down {min(slowdowns):.2f} to {max(slowdowns):,.2f} times."
-    most, least = max(long["slowdown"].to_list()), min(short["slowdown"].to_list())
+        least, most = min(means["slowdown"]), max(means["slowdown"])
+        return f"Dirty logging slows the guest down {least:.2f} to {most:,.2f} times."
+    most, least = max(long), min(short)
     if least > 5.0 * most:
         return (
-            "What counts is the time between two readings against the time in which the guest can fault all its "
-            "dirty pages back: where it is "
-            f"at least {ROOMY:g} times as long, logging slows the guest down at most {most:.2f} times; where it is "
-            f"shorter, {least:.0f} to "
-            f"{max(short['slowdown'].to_list()):,.0f} times."
+            "What counts is the time between two readings against the time in which the guest can fault all its dirty "
+            f"pages back: where it is at least {ROOMY:g} times as long, logging slows the guest down at most "
+            f"{most:.2f} times; where it is shorter, {least:.0f} to {max(short):,.0f} times."
         )
     return (
-        "There is no edge where readings come faster than the guest can fault its dirty pages back: logging slows "
-        "it down up to "
-        f"{most:.2f} times where they are at least {ROOMY:g} times as far apart, and {least:.2f} times or more "
-        "where they are closer."
+        "There is no edge where readings come faster than the guest can fault its dirty pages back: logging slows it "
+        f"down up to {most:.2f} times where they are at least {ROOMY:g} times as far apart, and {least:.2f} times or "
+        "more where they are closer."
     )
 
 
@@ -131,7 +141,7 @@ def _price(one: pl.DataFrame) -> str:
     long = one.filter(pl.col("rounds_in_faults") >= ROOMY)
     if long.is_empty():
         return ""
-    cost, us, dirty = _mean(long, "fault_cycles"), _mean(long, "us"), _mean(long, "dirty_share")
+    cost, us, dirty = (fmean(long[name]) for name in ("fault_cycles", "us", "dirty_share"))
     off = max(
         abs(row["slowdown"] * (1.0 - row["faults"] * row["fault_cycles"] / row["round"]) - 1.0)
         for row in long.to_dicts()
@@ -143,16 +153,11 @@ def _price(one: pl.DataFrame) -> str:
     )
     rate = 10_000
     return (
-        f"A dirty page costs the guest one write fault in each round, {cost:,.0f} cycles ({cost * us:.2f} us) with "
-        f"its exit, {fits}. "
-        f"In such a round {percent(dirty, 0)} of the pages are written to. So a guest that dirties {rate:,} pages "
-        "between two readings loses "
-        f"{cost * us * rate / 1000:.0f} ms for each of them, whatever it does otherwise."
+        f"A dirty page costs the guest one write fault in each round, {cost:,.0f} cycles ({cost * us:.2f} us) with its "
+        f"exit, {fits}. In such a round {percent(dirty, 0)} of the pages are written to. So a guest that dirties "
+        f"{rate:,} pages between two readings loses {cost * us * rate / 1000:.0f} ms from each to the next, whatever "
+        "it does otherwise."
     )
-
-
-def _mean(runs: pl.DataFrame, column: str) -> float:
-    return float(sum(runs[column]) / runs.height)
 
 
 def _writes(one: pl.DataFrame) -> str:
@@ -165,8 +170,7 @@ def _writes(one: pl.DataFrame) -> str:
         row, last = means.row(0, named=True), means.row(-1, named=True)
         parts.append(
             f"{row['slowdown']:,.2f} times with {percent(row[SHARE], 0)} writes and {last['slowdown']:,.2f} with "
-            f"{percent(last[SHARE], 0)} "
-            f"({pages} pages, {row['round_us']:,.0f} us)"
+            f"{percent(last[SHARE], 0)} ({pages} pages, {row['round_us']:,.0f} us)"
         )
     return f"By the share of writes: {join_words(parts)}." if parts else ""
 
@@ -181,14 +185,13 @@ def _vcpus(logged: pl.DataFrame) -> str:
         return ""
     said = (
         f"With {many[VCPUS]} vCPUs, each with as many pages of its own, the slow-down is {many['slowdown']:.2f} "
-        f"instead of {few['slowdown']:.2f} with "
-        f"{few[VCPUS]}"
+        f"instead of {few['slowdown']:.2f} with {few[VCPUS]}"
     )
     if many["slowdown"] > 1.25 * few["slowdown"]:
         return (
-            f"{said}: their faults take turns at mmu_lock, which is held {percent(many['lock_used'], 0)} of the "
-            f"time ({percent(few['lock_used'], 0)}), and "
-            f"waiting for it is {percent(many['lock_wait'], 0)} of all vCPUs' time ({percent(few['lock_wait'], 0)})."
+            f"{said}: their faults take turns at mmu_lock, which is held {percent(many['lock_used'], 0)} of the time "
+            f"({percent(few['lock_used'], 0)}), and waiting for it is {percent(many['lock_wait'], 0)} of all vCPUs' "
+            f"time ({percent(few['lock_wait'], 0)})."
         )
     return f"{said}: mmu_lock, held {percent(many['lock_used'], 0)} of the time, does not matter yet."
 
@@ -209,17 +212,15 @@ def _sensitivity(logged: pl.DataFrame) -> str:
             parts.append(f"{row['slowdown']:.2f} with {row['factors']}")
         else:
             plain = row["slowdown"]
-    return (
-        f"By the cost model's constants: {join_words(parts)}, where it is {plain:.2f} otherwise."
-        if parts
-        else ""
-    )
+    if not parts:
+        return ""
+    return f"By the cost model's constants: {join_words(parts)}, where it is {plain:.2f} otherwise."
 
 
 def _factors(logged: pl.DataFrame) -> pl.DataFrame:
     """Slow-downs under scaled constants, and under none at the same point."""
     scaled = logged.filter(~pl.col("plain"))
-    keys = [VCPUS, PAGES, SHARE, LOG]
+    keys = [*KEYS, LOG]
     same = logged.join(scaled.select(keys).unique(), on=keys, how="semi", maintain_order="left")
     texts = [
         pl.when(pl.col(name) != 1.0).then(pl.concat_str(pl.lit(f"{name} "), pl.col(name).cast(pl.String)))
@@ -241,90 +242,49 @@ def _tables(one: pl.DataFrame, logged: pl.DataFrame) -> list[tuple[str, pl.DataF
         "rounds_in_faults": "round / time to fault all back",
         "lock_wait": "share of time waiting for mmu_lock",
         "lock_used": "mmu_lock held",
-        "host": "host's cycles per reading",
     }
-
-    def named(frame: pl.DataFrame) -> pl.DataFrame:
-        ends = {f"{old}{end}": f"{new}{end}" for old, new in names.items() for end in ("", ".low", ".high")}
-        return frame.rename({old: new for old, new in ends.items() if old in frame.columns})
-
-    by = [PAGES, SHARE, LOG, "round_us"]
-    metrics = ["slowdown", "faults", "fault_cycles", "rounds_in_faults"]
+    by_interval = summary(
+        one.sort(PAGES, SHARE, LOG),
+        [PAGES, SHARE, LOG, "round_us"],
+        ["slowdown", "faults", "fault_cycles", "rounds_in_faults"],
+    )
+    by_vcpus = summary(
+        _by_vcpus(logged).sort(VCPUS),
+        [VCPUS, PAGES, "round_us"],
+        ["slowdown", "faults", "fault_cycles", "lock_wait", "lock_used"],
+    )
     return [
-        ("One vCPU", named(summary(one.sort(PAGES, SHARE, LOG), by, metrics))),
-        (
-            "By vCPUs",
-            named(
-                summary(
-                    _by_vcpus(logged).sort(VCPUS),
-                    [VCPUS, PAGES, "round_us"],
-                    ["slowdown", "faults", "fault_cycles", "lock_wait", "lock_used"],
-                )
-            ),
-        ),
-        ("By constants of the cost model", named(_factors(logged))),
+        ("One vCPU", renamed(by_interval, names)),
+        ("By vCPUs", renamed(by_vcpus, names)),
+        ("By constants of the cost model", renamed(_factors(logged), names)),
     ]
 
 
 def _charts(one: pl.DataFrame, logged: pl.DataFrame) -> list[tuple[str, ChartType]]:
-    usual = one.filter(pl.col(SHARE) == one[SHARE].mode().max()) if one.height else one
-    shown = usual.rename({PAGES: "pages"}).with_columns(
-        (100.0 * pl.col("rounds_in_faults")).round_sig_figs(2)
+    usual = one.filter(pl.col(SHARE) == one[SHARE].mode().max()).rename({PAGES: "pages"})
+    shown = in_percent(usual, "rounds_in_faults").with_columns(pl.col("rounds_in_faults").round_sig_figs(2))
+    vcpus = in_percent(_by_vcpus(logged), "lock_wait")
+    slowdown = Plot(
+        title="Slow-down against the time between two readings",
+        x="round_us",
+        y="slowdown",
+        color="pages",
+        log_x=True,
+        log_y=True,
+        x_title="microseconds from one reading to the next",
+        y_title="slow-down",
     )
-    vcpus = _by_vcpus(logged).with_columns(lock_wait_percent=100.0 * pl.col("lock_wait"))
-    plots = [
-        (
-            shown,
-            Plot(
-                title="Slow-down against the time between two readings",
-                x="round_us",
-                y="slowdown",
-                color="pages",
-                log_x=True,
-                log_y=True,
-                x_title="microseconds from one reading to the next",
-                y_title="slow-down",
-            ),
-        ),
-        (
-            shown,
-            Plot(
-                title="The same against what the guest can fault back",
-                x="rounds_in_faults",
-                y="slowdown",
-                color="pages",
-                log_x=True,
-                log_y=True,
-                x_title="time between two readings, in % of the time to fault all pages back",
-                y_title="slow-down",
-            ),
-        ),
-        (
-            shown,
-            Plot(
-                title="Write faults per round",
-                x="round_us",
-                y="faults",
-                color="pages",
-                log_x=True,
-                log_y=True,
-                x_title="microseconds from one reading to the next",
-                y_title="faults",
-            ),
-        ),
-        (
-            vcpus,
-            Plot(title="Slow-down by vCPUs", x=VCPUS, y="slowdown", x_title="vCPUs", y_title="slow-down"),
-        ),
-        (
-            vcpus,
-            Plot(
-                title="Waiting for mmu_lock, by vCPUs",
-                x=VCPUS,
-                y="lock_wait_percent",
-                x_title="vCPUs",
-                y_title="% of the vCPUs' time",
-            ),
-        ),
-    ]
-    return [(plot.title, declared_chart(plot, runs)) for runs, plot in plots if runs.height]
+    in_faults = msgspec.structs.replace(
+        slowdown,
+        title="The same against what the guest can fault back",
+        x="rounds_in_faults",
+        x_title="time between two readings, in % of the time to fault all pages back",
+    )
+    faults = msgspec.structs.replace(slowdown, title="Write faults per round", y="faults", y_title="faults")
+    by_vcpus = Plot(title="Slow-down by vCPUs", x=VCPUS, y="slowdown", x_title="vCPUs", y_title="slow-down")
+    waiting = msgspec.structs.replace(
+        by_vcpus, title="Waiting for mmu_lock, by vCPUs", y="lock_wait", y_title="% of the vCPUs' time"
+    )
+    return declared_charts(
+        ((slowdown, shown), (in_faults, shown), (faults, shown), (by_vcpus, vcpus), (waiting, vcpus))
+    )

@@ -7,6 +7,7 @@ with points at the fewest and the most vCPUs: page-table isolation, other cost m
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any, Final
 
 import altair as alt
@@ -14,6 +15,7 @@ import msgspec
 import polars as pl
 from altair.typing import ChartType
 
+from shadowmmu.experiments.comparison import failures_said, paragraphs, succeeded
 from shadowmmu.experiments.cost_model import load_cost_model
 from shadowmmu.experiments.findings import Findings, FindingsError
 from shadowmmu.experiments.statistics import Interval, mean_interval
@@ -71,21 +73,29 @@ class _Curve(msgspec.Struct, frozen=True):
 
 
 def analyse(table: pl.DataFrame) -> Findings:
-    """The curve, the variants, and whether the published degradation was predicted."""
-    curves = _curves(table.filter(pl.col("status") == "ok"))
+    """The curve, the variants, and whether the published degradation was predicted.
+
+    Raises FindingsError if the table lacks something.
+    """
+    causes = [f"cause.{cause}" for causes in _PARTS.values() for cause in causes]
+    runs = succeeded(
+        table,
+        ["vcpus", "iteration_us", "guest.iterations", "cycles", "lock_held", *causes],
+        ["timed.lock_transfers", "timed.flushes", "timed.flush_targets"],
+    )
+    curves = _curves(runs)
     plain = next((curve for curve in curves if curve.name == ""), None)
     if plain is None or len(plain.points) < 2:
         raise FindingsError("the model as it is has to be there at two numbers of vCPUs at least")
     most = max(plain.points)
     others = [curve for curve in curves if curve.name and most in curve.degradation]
-    answer = "\n\n".join(
-        (
-            _verdict(plain, most),
-            _mechanism(plain, most),
-            _why(plain, others, most),
-            _variants(plain, others, most),
-            _outside(plain, most),
-        )
+    answer = paragraphs(
+        _verdict(plain, most),
+        _mechanism(plain, most),
+        _why(plain, others, most),
+        _variants(plain, others, most),
+        _outside(plain, most),
+        failures_said(table),
     )
     tables = [
         ("Model and published figures, microseconds per fork", _compared(plain, most)),
@@ -97,7 +107,7 @@ def analyse(table: pl.DataFrame) -> Findings:
         tables,
         [
             ("Degradation of fork (dotted: published are the ends only)", _chart(curves)),
-            ("What a fork's time goes into", _parts(table)),
+            ("What a fork's time goes into", _parts(runs)),
         ],
     )
 
@@ -141,9 +151,6 @@ def _variant(row: dict[str, object], factors: list[str]) -> tuple[str, bool]:
 
 
 def _point(vcpus: int, rows: list[dict[str, float]]) -> _Point:
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
-
     def spent(row: dict[str, float]) -> float:
         return sum(value for name, value in row.items() if name.startswith("cause."))
 
@@ -151,15 +158,13 @@ def _point(vcpus: int, rows: list[dict[str, float]]) -> _Point:
     return _Point(
         vcpus=vcpus,
         time=mean_interval([row["iteration_us"] for row in rows]),
-        waiting=mean([row["cause.lock_wait"] / spent(row) for row in rows]),
-        locked=mean([row["lock_held"] / row["cycles"] for row in rows]),
-        busy=min(1.0, mean(busy)),
-        serial=mean([share * row["iteration_us"] / vcpus for share, row in zip(busy, rows, strict=True)]),
-        takes=mean([(row.get("timed.lock_transfers") or 0) / row["guest.iterations"] for row in rows]),
-        flushes=mean([(row.get("timed.flushes") or 0) / row["guest.iterations"] for row in rows]),
-        kicks=mean(
-            [(row.get("timed.flush_targets") or 0) / max(1, row.get("timed.flushes") or 0) for row in rows]
-        ),
+        waiting=fmean(row["cause.lock_wait"] / spent(row) for row in rows),
+        locked=fmean(row["lock_held"] / row["cycles"] for row in rows),
+        busy=min(1.0, fmean(busy)),
+        serial=fmean(share * row["iteration_us"] / vcpus for share, row in zip(busy, rows, strict=True)),
+        takes=fmean(row["timed.lock_transfers"] / row["guest.iterations"] for row in rows),
+        flushes=fmean(row["timed.flushes"] / row["guest.iterations"] for row in rows),
+        kicks=fmean(row["timed.flush_targets"] / max(1, row["timed.flushes"]) for row in rows),
     )
 
 
@@ -461,11 +466,11 @@ _PARTS: Final = {
 }
 
 
-def _parts(table: pl.DataFrame) -> ChartType:
+def _parts(runs: pl.DataFrame) -> ChartType:
     """Shares of a vCPU's time, of the model as it is."""
-    factors = [name for name in table.columns if name.startswith(FACTOR)]
+    factors = [name for name in runs.columns if name.startswith(FACTOR)]
     sums: dict[int, dict[str, float]] = {}
-    for row in table.filter(pl.col("status") == "ok").iter_rows(named=True):
+    for row in runs.iter_rows(named=True):
         if _variant(row, factors)[0]:
             continue
         of = sums.setdefault(row["vcpus"], dict.fromkeys(_PARTS, 0.0))

@@ -15,6 +15,7 @@ import msgspec
 import polars as pl
 from altair.typing import ChartType
 
+from shadowmmu.experiments.comparison import failures_said, paragraphs, succeeded
 from shadowmmu.experiments.cost_model import load_cost_model
 from shadowmmu.experiments.findings import Findings, FindingsError
 
@@ -48,9 +49,10 @@ class _Effect(msgspec.Struct, frozen=True):
 
 def analyse(table: pl.DataFrame) -> Findings:
     """The ranking. Raises FindingsError if the unchanged model or one number of vCPUs is missing."""
-    few, many = _vcpus(table)
-    runs = _runs(table)
-    times = {key: {n: sum(us) / len(us) for n, us in by.items()} for key, by in runs.items()}
+    good = succeeded(table, ["vcpus", "iteration_us"])
+    few, many = _vcpus(good)
+    runs = _runs(good)
+    times = {key: {n: statistics.fmean(us) for n, us in by.items()} for key, by in runs.items()}
     base = times.get(())
     if base is None or few not in base or many not in base:
         raise FindingsError("the unchanged cost model is not among the points")
@@ -60,12 +62,11 @@ def analyse(table: pl.DataFrame) -> Findings:
         raise FindingsError("no point has one changed constant")
     model = load_cost_model(str(table["cost_model"][0])) if "cost_model" in table.columns else None
     ranked = sorted({effect.constant for effect in effects}, key=lambda name: (-_most(effects, name), name))
-    answer = "".join(
-        (
-            _answer(effects, ranked, few, many, degradation),
-            _unpaid(unpaid, degradation),
-            _precision(_noise(runs, many), many),
-        )
+    answer = paragraphs(
+        _answer(effects, ranked, few, many, degradation),
+        _unpaid(unpaid, degradation),
+        _precision(_noise(runs, many), many),
+        failures_said(table),
     )
     rows = []
     for rank, name in enumerate(ranked, 1):
@@ -101,7 +102,7 @@ def _runs(table: pl.DataFrame) -> dict[_Changed, dict[int, list[float]]]:
     """Microseconds per fork of each replicate, by the changed constants and the number of vCPUs."""
     columns = [name for name in table.columns if name.startswith(FACTOR)]
     runs: dict[_Changed, dict[int, list[float]]] = {}
-    for row in table.filter(pl.col("status") == "ok").iter_rows(named=True):
+    for row in table.iter_rows(named=True):
         changed = tuple((name.removeprefix(FACTOR), row[name]) for name in columns if row[name] != 1.0)
         runs.setdefault(changed, {}).setdefault(row["vcpus"], []).append(row["iteration_us"])
     return runs
@@ -150,26 +151,22 @@ def _answer(effects: list[_Effect], ranked: list[str], few: int, many: int, degr
         else f"No constant changes the degradation ({degradation:.1f}) by more than {MATTERS - 1:.0%}."
     )
     listed = "; ".join(_described(effects, name) for name in important)
-    parts = [first]
-    if important:
-        parts.append(f"\n\nIn the order of their effect: {listed}.")
-    parts.append(
-        f"\n\nThe most that one constant gives is {up.degradation:.1f} ({up.constant} x {up.factor:g}), the least "
-        f"{down.degradation:.1f} ({down.constant} x {down.factor:g}). "
-    )
-    parts.append(
+    limit = (
         f"None gives more than {many}, which is what one lock can do by itself if everything happens under it."
         if up.degradation <= many
         else f"More than {many}, which is what one lock can do by itself, takes costs that there are only when "
         "processors meet."
     )
-    parts.append(
-        "\n\nWhat is paid under the lock raises the degradation when it is dearer, what is paid outside it lowers it. "
+    return paragraphs(
+        first,
+        f"In the order of their effect: {listed}." if important else "",
+        f"The most that one constant gives is {up.degradation:.1f} ({up.constant} x {up.factor:g}), the least "
+        f"{down.degradation:.1f} ({down.constant} x {down.factor:g}). {limit}",
+        "What is paid under the lock raises the degradation when it is dearer, what is paid outside it lowers it. "
         "A constant's real range is narrower than a factor of ten either way, for most of them: the table has it. "
         "A constant of 0 (lock_waiter) cannot be multiplied; [fork-scaling](fork-scaling.md) has a model where it is "
-        "not 0."
+        "not 0.",
     )
-    return "".join(parts)
 
 
 def _described(effects: list[_Effect], name: str) -> str:
@@ -182,11 +179,11 @@ def _unpaid(unpaid: _Effect | None, degradation: float) -> str:
         return ""
     if max(unpaid.ratio, 1 / unpaid.ratio) < SAME:
         return (
-            f"\n\nNot in the ranking, since a fork does not pay them: {unpaid.constant}. All of them ten times as large"
+            f"Not in the ranking, since a fork does not pay them: {unpaid.constant}. All of them ten times as large"
             f" at once leave the degradation at {unpaid.degradation:.2f}."
         )
     return (
-        f"\n\nThese were thought to play no part: {unpaid.constant}. That is wrong: all of them ten times as large "
+        f"These were thought to play no part: {unpaid.constant}. That is wrong: all of them ten times as large "
         f"change the degradation from {degradation:.2f} to {unpaid.degradation:.2f}."
     )
 
@@ -195,7 +192,7 @@ def _precision(noise: float | None, many: int) -> str:
     if noise is None:
         return ""
     return (
-        f"\n\nReplicates differ in when vCPUs start; with {many} processes the standard deviation between them is "
+        f"Replicates differ in when vCPUs start; with {many} processes the standard deviation between them is "
         f"{noise:.1%} of the mean. Effects of that size are not told from chance."
     )
 

@@ -6,6 +6,7 @@ model, and by `kick_send`, the constant that published models of a shootdown dif
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any, Final
 
 import altair as alt
@@ -13,6 +14,7 @@ import msgspec
 import polars as pl
 from altair.typing import ChartType
 
+from shadowmmu.experiments.comparison import failures_said, join_words, paragraphs, succeeded
 from shadowmmu.experiments.cost_model import load_cost_model
 from shadowmmu.experiments.findings import Findings, FindingsError
 from shadowmmu.experiments.statistics import Interval, mean_interval
@@ -21,6 +23,8 @@ __all__ = ["analyse"]
 
 FACTOR: Final = "cost."
 VARIED: Final = "cost.kick_send"
+TAKEN: Final = ("cause.exit", "cause.interrupted", "cause.tlb_miss")
+"""What a kick takes from its target."""
 DEFAULT: Final = "cascadelake-2019"
 NEAR: Final = 2.0
 
@@ -63,11 +67,13 @@ class _Line(msgspec.Struct, frozen=True):
 
 def analyse(table: pl.DataFrame) -> Findings:
     """The cost per target, and where published figures lie. Raises FindingsError if there were no flushes."""
-    lines = _lines(table.filter(pl.col("status") == "ok"))
+    lines = _lines(succeeded(table, ["vcpus", "timed.exits", *TAKEN], ["timed.flushes"]))
     if not lines:
         raise FindingsError("no variant has flushes at two numbers of vCPUs")
     plain = next((line for line in lines if line.name == DEFAULT), lines[0])
-    answer = "\n\n".join((_cost(plain), _against(lines, plain), _targets(lines), _limits(table)))
+    answer = paragraphs(
+        _cost(plain), _against(lines, plain), _targets(lines), _limits(table), failures_said(table)
+    )
     return Findings(
         answer,
         [("Flushes", _table(lines)), ("Cost of a flush, fitted", _fits(lines))],
@@ -78,7 +84,7 @@ def analyse(table: pl.DataFrame) -> Findings:
 def _lines(table: pl.DataFrame) -> list[_Line]:
     rows: dict[tuple[str, float], dict[int, list[dict[str, float]]]] = {}
     for row in table.iter_rows(named=True):
-        if row.get("timed.flushes"):
+        if row["timed.flushes"]:
             key = (str(row.get("cost_model", DEFAULT)), float(row.get(VARIED, 1.0)))
             rows.setdefault(key, {}).setdefault(row["vcpus"], []).append(row)
     lines = []
@@ -95,20 +101,12 @@ def _lines(table: pl.DataFrame) -> list[_Line]:
 
 
 def _point(vcpus: int, rows: list[dict[str, float]], ghz: float) -> _Point:
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
-
-    taken = mean(
-        [
-            (row["cause.exit"] + row["cause.interrupted"] + row["cause.tlb_miss"]) / row["timed.exits"]
-            for row in rows
-        ]
-    )
+    taken = fmean(sum(row[cause] for cause in TAKEN) / row["timed.exits"] for row in rows)
     return _Point(
         vcpus=vcpus,
-        targets=mean([row["timed.flush_targets"] / row["timed.flushes"] for row in rows]),
+        targets=fmean(row["timed.flush_targets"] / row["timed.flushes"] for row in rows),
         time=mean_interval([row["latency.flush_cycles.mean"] / (ghz * 1e3) for row in rows]),
-        longest=mean([row["latency.flush_cycles.max"] / (ghz * 1e3) for row in rows]),
+        longest=fmean(row["latency.flush_cycles.max"] / (ghz * 1e3) for row in rows),
         taken=taken,
         taken_us=taken / (ghz * 1e3),
     )
@@ -161,7 +159,7 @@ def _against(lines: list[_Line], plain: _Line) -> str:
             f"{value:.0f} us at {figure.processors} processors, where LATR has about {published} on "
             f"{SOCKETS[figure.processors]} sockets ({verdict})"
         )
-    text = f"By the line, {' and '.join(parts)}."
+    text = f"By the line, {join_words(parts)}."
     other = next(
         (line for line in lines if line is not plain and line.name.startswith(f"{plain.name},")), None
     )
@@ -194,8 +192,7 @@ def _limits(table: pl.DataFrame) -> str:
         "What the model cannot say: all processors are equally far from each other, so the steps that machines of "
         "more than one socket show are not there, and interrupts do not get in each other's way. Targets take a kick "
         f"at the end of a run of at most 64 accesses, up to {run:,.0f} cycles here: that is in the times, and a real "
-        "processor is "
-        "faster."
+        "processor is faster."
     )
 
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import Final
 
+import msgspec
 import polars as pl
 from altair.typing import ChartType
 
-from shadowmmu.experiments.charts import declared_chart
-from shadowmmu.experiments.comparison import failures_said, join_words, succeeded
+from shadowmmu.experiments.charts import declared_charts
+from shadowmmu.experiments.comparison import failures_said, join_words, paragraphs, succeeded
 from shadowmmu.experiments.findings import Findings
 from shadowmmu.experiments.spec import Plot
 from shadowmmu.experiments.statistics import summary
@@ -27,23 +28,19 @@ GAIN: Final = 1.25
 def analyse(table: pl.DataFrame) -> Findings:
     """The table of a sweep of that experiment. Raises FindingsError if it lacks something."""
     runs = succeeded(table, ["machines", "vcpus", "cores", "python", RATE, EVENTS, "seconds"])
-    if runs.is_empty():
-        return Findings("No run has succeeded.")
     runs = runs.with_columns(processes=pl.col("machines") * (pl.col("vcpus") + 1))
     means = summary(runs, ["machines", "vcpus", "processes"], [RATE, EVENTS, "seconds"])
-    answer = " ".join([_verdict(means), _vcpus(means), _machines(means, runs), _where(runs)]) + failures_said(
-        table
+    answer = paragraphs(
+        _verdict(means), _vcpus(means), _machines(means, runs), _where(runs), failures_said(table)
     )
-    tables = [("Wall clock of this computer, all machines together", means)]
-    return Findings(answer, tables, _charts(runs))
+    return Findings(answer, [("Wall clock of this computer, all machines together", means)], _charts(runs))
 
 
 def _verdict(means: pl.DataFrame) -> str:
     best = max(means.to_dicts(), key=lambda row: row[RATE])
     return (
-        f"At most {best[RATE]:,.0f} guest instructions and {best[EVENTS]:,.0f} events per second of wall clock on "
-        "the computer that this was "
-        f"measured on, with {_times(best['machines'], 'virtual machine')} of "
+        f"At most {best[RATE]:,.0f} guest instructions and {best[EVENTS]:,.0f} events per second of wall clock on the "
+        f"computer that this was measured on, with {_times(best['machines'], 'virtual machine')} of "
         f"{_times(best['vcpus'], 'vCPU process', 'vCPU processes')}."
     )
 
@@ -63,8 +60,8 @@ def _vcpus(means: pl.DataFrame) -> str:
     if ratio >= GAIN:
         return f"{said}."
     return (
-        f"{said}: all exits and walks go through its MMU service, a single process, guests that share memory with more "
-        "others exit more often, and processes share cores; the table does not tell these apart."
+        f"{said}: all exits and walks go through its MMU service, a single process; guests that share memory with more "
+        "others exit more often; and processes share cores. The table does not tell these apart."
     )
 
 
@@ -86,7 +83,7 @@ def _machines(means: pl.DataFrame, runs: pl.DataFrame) -> str:
         return said
     return (
         f"{said} They share nothing but the computer, and it has {_times(cores, 'core')} for {processes} processes: "
-        "what is beyond its cores measures the operating system's scheduler."
+        "with more processes than cores, the operating system's scheduler is measured too."
     )
 
 
@@ -94,33 +91,28 @@ def _where(runs: pl.DataFrame) -> str:
     pythons = sorted(set(runs["python"].to_list()))
     cores = sorted(set(runs["cores"].to_list()))
     return (
-        f"Measured by the wall clock on {join_words([str(n) for n in cores])} usable "
-        f"core{'s' if cores != [1] else ''} with Python "
-        f"{join_words(pythons)}; a second run gives other numbers, and other programs on the computer change them."
+        f"Measured by the wall clock on {join_words([str(n) for n in cores])} usable core{'s' if cores != [1] else ''} "
+        f"with Python {join_words(pythons)}; a second run gives other numbers, and other programs on the computer "
+        "change them."
     )
 
 
 def _charts(runs: pl.DataFrame) -> list[tuple[str, ChartType]]:
     named = runs.rename({"machines": "virtual machines"})
     cores = join_words([str(n) for n in sorted(set(runs["cores"].to_list()))])
-    plots = [
-        Plot(
-            title=f"Guest instructions per second of wall clock, {cores} cores",
-            x="vcpus",
-            y=RATE,
-            color="virtual machines",
-            log_x=True,
-            x_title="vCPU processes of each virtual machine",
-            y_title="instructions per second, all together",
-        ),
-        Plot(
-            title=f"Events per second of wall clock, {cores} cores",
-            x="vcpus",
-            y=EVENTS,
-            color="virtual machines",
-            log_x=True,
-            x_title="vCPU processes of each virtual machine",
-            y_title="events per second, all together",
-        ),
-    ]
-    return [(plot.title, declared_chart(plot, named)) for plot in plots]
+    instructions = Plot(
+        title=f"Guest instructions per second of wall clock, {cores} cores",
+        x="vcpus",
+        y=RATE,
+        color="virtual machines",
+        log_x=True,
+        x_title="vCPU processes of each virtual machine",
+        y_title="instructions per second, all together",
+    )
+    events = msgspec.structs.replace(
+        instructions,
+        title=f"Events per second of wall clock, {cores} cores",
+        y=EVENTS,
+        y_title="events per second, all together",
+    )
+    return declared_charts(((instructions, named), (events, named)))

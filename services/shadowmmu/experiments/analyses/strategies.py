@@ -6,14 +6,14 @@ of the seeds or more found nothing, the median is above that limit, and is writt
 
 from __future__ import annotations
 
+import math
 from statistics import median
 from typing import Final
 
 import polars as pl
-from altair.typing import ChartType
 
-from shadowmmu.experiments.charts import declared_chart
-from shadowmmu.experiments.comparison import failures_said, join_words, succeeded
+from shadowmmu.experiments.charts import declared_charts
+from shadowmmu.experiments.comparison import failures_said, join_words, paragraphs, succeeded
 from shadowmmu.experiments.findings import Findings
 from shadowmmu.experiments.spec import Plot
 
@@ -23,54 +23,32 @@ FIRST: Final = "first_execution"
 MADE: Final = "executions_made"
 LIMITS: Final = (
     "What this cannot say: three bugs are few, each test was written for its bug, and executions of different "
-    "strategies "
-    "take different times (docs/STUDY.md has seconds, and all bugs). Bounded and exhaustive search draw nothing at "
-    "random: all "
-    "their seeds do the same."
+    "strategies take different times (docs/STUDY.md has seconds, and all bugs). Bounded and exhaustive search draw "
+    "nothing at random: all their seeds do the same."
 )
 
 
 def analyse(table: pl.DataFrame) -> Findings:
     """The table of a sweep of that experiment. Raises FindingsError if it lacks something."""
     runs = succeeded(table, ["test", "strategy", "executions", "found", MADE, FIRST])
-    if runs.is_empty():
-        return Findings("No run has succeeded.")
     medians = _medians(runs)
-    answer = f"{_verdict(medians)} {LIMITS}{failures_said(table)}"
+    answer = paragraphs(_verdict(medians), LIMITS, failures_said(table))
     needed = runs.with_columns(needed=pl.when("found").then(pl.col(FIRST)).otherwise(pl.col("executions")))
     plot = Plot(
         title="Executions to the first failure (the limit, where none was found)",
-        x="test",
+        x="strategy",
         y="needed",
-        color="strategy",
+        facet="test",
         log_y=True,
         y_title="executions, mean over seeds",
     )
     shown = needed.with_columns(pl.col("needed").clip(lower_bound=1))
-    charts: list[tuple[str, ChartType]] = [(plot.title, declared_chart(plot, shown))]
-    return Findings(answer, [("Executions to the first failure", medians)], charts)
+    return Findings(answer, [("Executions to the first failure", medians)], declared_charts([(plot, shown)]))
 
 
 def _medians(runs: pl.DataFrame) -> pl.DataFrame:
     """By test and strategy: how many seeds found it, and the median of executions, None if that is censored."""
-    rows = []
-    for (test, strategy), group in runs.group_by(["test", "strategy"], maintain_order=True):
-        needed = [
-            float(row[FIRST]) if row["found"] else float("inf")
-            for row in group.select(FIRST, "found").to_dicts()
-        ]
-        middle = median(needed)
-        rows.append(
-            {
-                "test": test,
-                "strategy": strategy,
-                "seeds": group.height,
-                "found": int(group["found"].sum()),
-                "median": None if middle == float("inf") else middle,
-                "limit": group["executions"].max(),
-            }
-        )
-    schema: dict[str, type[pl.DataType]] = {
+    schema = {
         "test": pl.String,
         "strategy": pl.String,
         "seeds": pl.Int64,
@@ -78,7 +56,16 @@ def _medians(runs: pl.DataFrame) -> pl.DataFrame:
         "median": pl.Float64,
         "limit": pl.Int64,
     }
-    return pl.DataFrame(rows, schema=schema)
+    rows = []
+    for key, group in runs.group_by("test", "strategy", maintain_order=True):
+        needed = [
+            float(first) if found else math.inf
+            for first, found in zip(group[FIRST], group["found"], strict=True)
+        ]
+        middle = median(needed)
+        shown = None if math.isinf(middle) else middle
+        rows.append((*key, group.height, group["found"].sum(), shown, group["executions"].max()))
+    return pl.DataFrame(rows, schema=schema, orient="row")
 
 
 def _verdict(medians: pl.DataFrame) -> str:

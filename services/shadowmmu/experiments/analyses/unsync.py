@@ -13,7 +13,7 @@ import msgspec
 import polars as pl
 from altair.typing import ChartType
 
-from shadowmmu.experiments.charts import declared_chart
+from shadowmmu.experiments.charts import declared_charts, in_percent
 from shadowmmu.experiments.comparison import (
     BASE,
     beside,
@@ -21,6 +21,7 @@ from shadowmmu.experiments.comparison import (
     failures_said,
     paragraphs,
     percent,
+    ratio,
     succeeded,
 )
 from shadowmmu.experiments.findings import Findings
@@ -56,9 +57,9 @@ def analyse(table: pl.DataFrame) -> Findings:
     )
     protected = runs.filter(~pl.col("oos_shadow"))
     both = beside(runs.filter(pl.col("oos_shadow")), protected, KEYS, ["cycles", "exits", "floods"])
-    if both.is_empty():
+    if both.filter(pl.col(FACTOR) == ASSUMED).is_empty():
         return Findings("There are no two runs yet with and without unsync pages.")
-    both = both.with_columns(ratio=pl.col("cycles") / pl.col("cycles" + BASE))
+    both = both.with_columns(ratio=ratio("cycles"))
     crossings = _crossings(both)
     answer = paragraphs(
         _verdict(both, crossings), _sensitivity(crossings), _floods(both), LIMITS, failures_said(table)
@@ -79,23 +80,6 @@ def analyse(table: pl.DataFrame) -> Findings:
 
 def _crossings(both: pl.DataFrame) -> pl.DataFrame:
     """Edits per table and CR3 write from which on unsync pages are cheaper; null: from none that was tried."""
-    rows = []
-    for (model, factor, pages), group in both.group_by(MODEL, FACTOR, PAGES, maintain_order=True):
-        ratios = [
-            (math.log2(edits), ratio - 1.0) for edits, ratio in zip(group[EDITS], group["ratio"], strict=True)
-        ]
-        where = crossing(ratios)
-        rows.append(
-            {
-                MODEL: model,
-                FACTOR: factor,
-                PAGES: pages,
-                "edits tried, at most": max(group[EDITS]),
-                "unsync cheaper from edits": None if where is None else 2.0**where,
-                "least ratio": min(group["ratio"]),
-                "greatest ratio": max(group["ratio"]),
-            }
-        )
     schema = {
         MODEL: pl.String,
         FACTOR: pl.Float64,
@@ -105,7 +89,12 @@ def _crossings(both: pl.DataFrame) -> pl.DataFrame:
         "least ratio": pl.Float64,
         "greatest ratio": pl.Float64,
     }
-    return pl.DataFrame(rows, schema=schema)
+    rows = []
+    for key, group in both.group_by(MODEL, FACTOR, PAGES, maintain_order=True):
+        edits, ratios = list(group[EDITS]), list(group["ratio"])
+        where = crossing([(math.log2(n), value - 1.0) for n, value in zip(edits, ratios, strict=True)])
+        rows.append((*key, max(edits), None if where is None else 2.0**where, min(ratios), max(ratios)))
+    return pl.DataFrame(rows, schema=schema, orient="row")
 
 
 def _from(row: dict[str, object]) -> str:
@@ -172,50 +161,39 @@ def _floods(both: pl.DataFrame) -> str:
 
 
 def _charts(both: pl.DataFrame) -> list[tuple[str, ChartType]]:
-    named = both.rename({MODEL: "cost model", PAGES: "pages in use"})
-    named = named.with_columns(pl.col("ratio") * 100.0).sort(FACTOR, maintain_order=True)
+    named = in_percent(both, "ratio").rename({MODEL: "cost model", PAGES: "pages in use"})
     plain = named.filter(pl.col(FACTOR) == ASSUMED)
     last = plain["cost model"][-1]
+    of_last = named.filter(pl.col("cost model") == last).sort(FACTOR, maintain_order=True)
     times = pl.concat(
-        [
-            plain.select(
-                EDITS, "cost model", "pages in use", pl.col(column).alias("cycles"), setting=pl.lit(setting)
-            )
-            for column, setting in (("cycles", "unsync"), ("cycles" + BASE, "write-protected"))
-        ]
+        plain.filter(pl.col("cost model") == last).select(
+            EDITS, "pages in use", pl.col(column).alias("cycles"), setting=pl.lit(setting)
+        )
+        for column, setting in (("cycles", "unsync"), ("cycles" + BASE, "write-protected"))
     )
-    plots = [
-        (
-            plain,
-            Plot(
-                title="Time with unsync pages, of that without",
-                x=EDITS,
-                y="ratio",
-                color="pages in use",
-                facet="cost model",
-                log_x=True,
-                log_y=True,
-                x_title="edits per CR3 write",
-                y_title="% of write-protected",
-            ),
-        ),
-        (
-            times.filter(pl.col("cost model") == last),
-            Plot(
-                title=f"Cycles of an edit and the use of its page ({last})",
-                x=EDITS,
-                y="cycles",
-                color="setting",
-                facet="pages in use",
-                log_x=True,
-                log_y=True,
-                x_title="edits per CR3 write",
-                y_title="cycles per edit",
-            ),
-        ),
-    ]
-    named = named.filter(pl.col("cost model") == last).rename({FACTOR: "times spte_set"})
-    if named["times spte_set"].n_unique() > 1:
-        title = f"The same if setting an entry costs less or more ({last})"
-        plots.insert(1, (named, msgspec.structs.replace(plots[0][1], title=title, facet="times spte_set")))
-    return [(plot.title, declared_chart(plot, runs)) for runs, plot in plots]
+    share = Plot(
+        title="Time with unsync pages, of that without",
+        x=EDITS,
+        y="ratio",
+        color="pages in use",
+        facet="cost model",
+        log_x=True,
+        log_y=True,
+        x_title="edits per CR3 write",
+        y_title="% of write-protected",
+    )
+    by_price = msgspec.structs.replace(
+        share, title=f"The same if setting an entry costs less or more ({last})", facet="times spte_set"
+    )
+    cycles = msgspec.structs.replace(
+        share,
+        title=f"Cycles of an edit and the use of its page ({last})",
+        y="cycles",
+        color="setting",
+        facet="pages in use",
+        y_title="cycles per edit",
+    )
+    plots = [(share, plain), (cycles, times)]
+    if of_last[FACTOR].n_unique() > 1:
+        plots.insert(1, (by_price, of_last.rename({FACTOR: "times spte_set"})))
+    return declared_charts(plots)

@@ -9,7 +9,7 @@ from typing import Final
 import polars as pl
 from altair.typing import ChartType
 
-from shadowmmu.experiments.charts import declared_chart
+from shadowmmu.experiments.charts import declared_charts, in_percent
 from shadowmmu.experiments.comparison import (
     BASE,
     beside,
@@ -17,16 +17,16 @@ from shadowmmu.experiments.comparison import (
     join_words,
     paragraphs,
     percent,
-    succeeded,
 )
-from shadowmmu.experiments.findings import Findings, FindingsError
+from shadowmmu.experiments.findings import Findings
+from shadowmmu.experiments.programs import LOAD, PROGRAM, program_runs
 from shadowmmu.experiments.spec import Plot
-from shadowmmu.experiments.statistics import mean_interval, summary
+from shadowmmu.experiments.statistics import mean_interval, renamed, summary, values_by
 
 __all__ = ["analyse"]
 
-PROGRAM: Final = "program"
 MODEL: Final = "cost_model"
+KEYS: Final = (MODEL, PROGRAM, "vcpus")
 NOTABLE: Final = 0.02
 COUNTERS: Final = ("timed.exits", "kvm.mmu_flooded", "kvm.remote_tlb_flush")
 LIMITS: Final = (
@@ -38,35 +38,17 @@ LIMITS: Final = (
 
 def analyse(table: pl.DataFrame) -> Findings:
     """The table of a sweep of either experiment. Raises FindingsError if it lacks something."""
-    name = next((name for name in ("workload", "load.load") if name in table.columns), None)
-    if name is None:
-        raise FindingsError(
-            "the table has neither workload nor load.load; this analysis is for another experiment"
-        )
-    if MODEL not in table.columns:
-        raise FindingsError(f"the table has no column {MODEL!r}; this analysis is for another experiment")
-    causes = sorted(
-        column for column in table.columns if column.startswith("cause.") and column != "cause.idle"
-    )
-    runs = succeeded(
-        table,
-        [name, "vcpus", "oos_shadow", "vcpu.instructions", "iteration_cycles", "lock_held", *causes],
-        COUNTERS,
-    ).with_columns(
-        pl.col(name).alias(PROGRAM),
-        spent=pl.sum_horizontal(pl.col(causes).fill_null(0)),
-    )
+    runs = program_runs(table, [MODEL, "oos_shadow", "iteration_cycles", "lock_held"], COUNTERS)
     per_instruction = pl.col("spent") / pl.col("vcpu.instructions")
     runs = runs.with_columns(
         # A workload has no iterations: then cycles of all vCPUs per instruction.
-        time=pl.col("iteration_cycles") if name == "load.load" else per_instruction,
+        time=pl.col("iteration_cycles") if LOAD in runs.columns else per_instruction,
         exits=1000.0 * pl.col("timed.exits") / pl.col("vcpu.instructions"),
         held=pl.col("lock_held") / pl.col("vcpu.instructions"),
         flushes=1000.0 * pl.col("kvm.remote_tlb_flush") / pl.col("vcpu.instructions"),
     )
-    keys = [MODEL, PROGRAM, "vcpus"]
     compared = ["time", "exits", "flushes", "held"]
-    both = beside(runs.filter(pl.col("oos_shadow")), runs.filter(~pl.col("oos_shadow")), keys, compared)
+    both = beside(runs.filter(pl.col("oos_shadow")), runs.filter(~pl.col("oos_shadow")), KEYS, compared)
     if both.is_empty():
         return Findings("There are no two runs yet with and without unsync pages.")
     both = both.with_columns(ratio=pl.col("time" + BASE) / pl.col("time"))
@@ -77,10 +59,8 @@ def analyse(table: pl.DataFrame) -> Findings:
         "flushes" + BASE: "flushes, write-protected",
         "ratio": "times as fast",
     }
-    means = summary(both, keys, list(columns)).rename(
-        {f"{old}{end}": f"{new}{end}" for old, new in columns.items() for end in ("", ".low", ".high")}
-    )
-    answer = paragraphs(_verdict(both, keys), LIMITS, failures_said(table))
+    means = renamed(summary(both, KEYS, columns), columns)
+    answer = paragraphs(_verdict(both), LIMITS, failures_said(table))
     return Findings(
         answer,
         [("With unsync pages against without; exits and flushes per 1,000 instructions", means)],
@@ -88,15 +68,16 @@ def analyse(table: pl.DataFrame) -> Findings:
     )
 
 
-def _verdict(both: pl.DataFrame, keys: list[str]) -> str:
+def _verdict(both: pl.DataFrame) -> str:
     faster: dict[str, list[float]] = {}
     slower: dict[str, list[float]] = {}
     same: dict[str, list[float]] = {}
-    for key, group in both.group_by(keys, maintain_order=True):
-        interval = mean_interval(list(group["ratio"]))
-        low, high = interval.low or interval.mean, interval.high or interval.mean
+    for (_, program, _), ratios in values_by(both, KEYS, "ratio").items():
+        interval = mean_interval(ratios)
+        low = interval.mean if interval.low is None else interval.low
+        high = interval.mean if interval.high is None else interval.high
         where = faster if low > 1.0 + NOTABLE else slower if high < 1.0 - NOTABLE else same
-        where.setdefault(str(key[1]), []).append(interval.mean)
+        where.setdefault(str(program), []).append(interval.mean)
     counts = [sum(map(len, where.values())) for where in (faster, slower, same)]
     first = (
         f"Unsync pages make the guest faster at {counts[0]} of {sum(counts)} points and slower at {counts[1]}; at "
@@ -145,5 +126,5 @@ def _charts(both: pl.DataFrame) -> list[tuple[str, ChartType]]:
         x_title="load" if several else "vCPUs",
         y_title="% of the speed without",
     )
-    data = both.with_columns(pl.col("ratio") * 100.0).rename({MODEL: "cost model", "vcpus": "vCPUs"})
-    return [(speed.title, declared_chart(speed, data))]
+    named = both.rename({MODEL: "cost model", "vcpus": "vCPUs"})
+    return declared_charts([(speed, in_percent(named, "ratio"))])

@@ -17,6 +17,7 @@ import msgspec
 import polars as pl
 from altair.typing import ChartType
 
+from shadowmmu.experiments.comparison import failures_said, paragraphs, succeeded
 from shadowmmu.experiments.findings import Findings, FindingsError
 from shadowmmu.experiments.statistics import Interval, mean_interval, summary
 
@@ -43,10 +44,9 @@ class _Axis(msgspec.Struct, frozen=True):
 
 def analyse(table: pl.DataFrame) -> Findings:
     """The powers of both axes. Raises FindingsError if one of them has fewer than two points."""
-    good = table.filter(pl.col("status") == "ok").with_columns(total=pl.col("vcpus") * pl.col("iterations"))
+    good = succeeded(table, ["vcpus", "iterations", "steps", "processor_seconds", "cores"])
+    good = good.with_columns(total=pl.col("vcpus") * pl.col("iterations"))
     points = set(good.select("vcpus", "iterations", "total").iter_rows())
-    if not points:
-        raise FindingsError("no run has succeeded")
     vcpus = Counter(point[0] for point in points).most_common(1)[0][0]
     total = Counter(point[2] for point in points).most_common(1)[0][0]
     axes = (
@@ -63,18 +63,21 @@ def analyse(table: pl.DataFrame) -> Findings:
     charts: list[tuple[str, ChartType]] = [
         (f"Steps and seconds over {axis.title}", _chart(axis)) for axis in axes
     ]
-    return Findings(_answer(axes, good, total), tables, charts)
+    return Findings(paragraphs(_answer(axes, good, total), failures_said(table)), tables, charts)
 
 
 def _axis(rows: pl.DataFrame, column: str, title: str) -> _Axis:
-    if rows[column].n_unique() < 2:
+    replicates = [
+        of for of in rows.partition_by("replicate", maintain_order=True) if of[column].n_unique() > 1
+    ]
+    if not replicates:
         raise FindingsError(f"growth with {title} needs two points")
     powers = {}
     for measure in _MEASURES:
         if measure in rows.columns:
             slopes = [
                 _slope([(float(x), float(y)) for x, y in of.select(column, measure).iter_rows()])
-                for _, of in rows.group_by("replicate", maintain_order=True)
+                for of in replicates
             ]
             powers[measure] = mean_interval(slopes)
     return _Axis(column, title, rows.sort(column), powers)
@@ -100,8 +103,7 @@ def _answer(axes: tuple[_Axis, ...], good: pl.DataFrame, total: int) -> str:
         f"{verdict}: with the guest's operations steps grow with the power {_power(operations.powers['steps'])} and "
         f"seconds with {_power(operations.powers['processor_seconds'])}; with the number of vCPUs that {total} forks "
         f"are divided over, {_power(vcpus.powers['steps'])} and {_power(vcpus.powers['processor_seconds'])} (1 is "
-        "linear, "
-        "0 no growth)."
+        "linear, 0 no growth)."
     )
     rates = (good["steps"] / good["processor_seconds"]).to_list()
     several: list[int] = vcpus.rows["vcpus"].to_list()
@@ -114,19 +116,16 @@ def _answer(axes: tuple[_Axis, ...], good: pl.DataFrame, total: int) -> str:
         f"The same {total} forks take {mean('steps', many) / mean('steps', few):z.2f} times the steps and "
         f"{mean('processor_seconds', many) / mean('processor_seconds', few):z.2f} times the seconds on {many} vCPUs, "
         f"as on {few}. A part of that is not the simulator's: vCPUs that are done go on until the last one is, each "
-        "begins with cold "
-        "shadow pages, and has a guest of its own to boot."
+        "begins with cold shadow pages, and has a guest of its own to boot."
     )
     third = (
         f"The simulator executed {min(rates):,.0f} to {max(rates):,.0f} steps per second here (median "
         f"{statistics.median(rates):,.0f}), in one process, on {good['cores'][0]} cores of which it uses one. Seconds "
         "in this answer are the processor's, which other programs on the machine disturb little; those by the wall "
-        "clock are in the "
-        "tables. A step is a run of at most 64 TLB hits, a walk, or a segment of an operation of the MMU. Steps and "
-        "instructions are "
-        "the same on every machine; the seconds are this one's."
+        "clock are in the tables. A step is a run of at most 64 TLB hits, a walk, or a segment of an operation of the "
+        "MMU. Steps and instructions are the same on every machine; the seconds are this one's."
     )
-    return f"{first}\n\n{second}\n\n{third}"
+    return paragraphs(first, second, third)
 
 
 def _power(power: Interval) -> str:
