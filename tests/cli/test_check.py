@@ -8,7 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from shadowmmu.cli.main import app
-from shadowmmu.machine import JOURNAL_NAME, Machine, run_in_process
+from shadowmmu.machine import JOURNAL_NAME, Header, Machine, run_in_process
+from shadowmmu.machine.journal import SCHEMA, JournalWriter
 from shadowmmu.protocol.messages import RunConfig
 
 
@@ -55,6 +56,17 @@ def test_no_journal(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["check", str(tmp_path)])
     assert result.exit_code == 2
     assert "cannot be used" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["check", "replay"])
+def test_a_journal_of_a_profile_that_is_not_known(tmp_path: Path, command: str) -> None:
+    with (tmp_path / JOURNAL_NAME).open("wb") as file:
+        journal = JournalWriter(file.write)
+        journal.append(Header(SCHEMA, "9.9.9", RunConfig(profile="linux-9")))
+        journal.flush()
+    result = CliRunner().invoke(app, [command, str(tmp_path)])
+    assert result.exit_code == 2
+    assert "cannot be used: unknown profile 'linux-9'" in result.stderr
 
 
 def test_rules_that_do_not_exist(tmp_path: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from shadowmmu.experiments.engine import SweepResult, local_workplace, run_sweep
+from shadowmmu.experiments.engine import SweepResult, Workplace, local_workplace, run_sweep
 from shadowmmu.experiments.folder import SweepWriter
 from shadowmmu.experiments.spec import SweepSpec, parse_spec
 
@@ -26,6 +28,14 @@ def spec_of(text: str) -> SweepSpec:
     return parse_spec('title = "A sweep"\nkind = "explore"\n' + text, "sweep.toml")
 
 
+@functools.cache
+def _stub_workplace() -> Workplace:
+    """One for all tests: starting children takes longer than their runs."""
+    place = local_workplace(2, STUB)
+    atexit.register(place.__exit__, None, None, None)
+    return place.__enter__()
+
+
 def stub_sweep(
     folder: Path,
     spec: SweepSpec,
@@ -36,5 +46,6 @@ def stub_sweep(
     stopped: Callable[[], bool] = lambda: False,
 ) -> SweepResult:
     """Goes on with the sweep in a folder, by the stub."""
-    with SweepWriter(folder, spec, "0.1.0") as writer, local_workplace(jobs, STUB) as place:
+    place = _stub_workplace()._replace(window=jobs)
+    with SweepWriter(folder, spec, "0.1.0") as writer:
         return run_sweep(writer, place, retry_failed=retry_failed, limit=limit, stopped=stopped)

@@ -82,21 +82,29 @@ def test_files_that_are_no_catalogue_are_refused_and_left_alone(tmp_path: Path) 
         with pytest.raises(CatalogueError, match=why):
             enter(path, an_entry())
         assert path.read_bytes() == before
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    with pytest.raises(CatalogueError, match="is no catalogue of runs"):
+        Catalogue(empty)
+    assert empty.stat().st_size == 0
     with pytest.raises(CatalogueError, match="there is no catalogue"):
         Catalogue(tmp_path / "nowhere.sqlite")
     with pytest.raises(CatalogueError, match=str(text)):
         enter(text / "catalogue.sqlite", an_entry())
+    with pytest.raises(CatalogueError, match="File name too long"):
+        Catalogue(tmp_path / ("a" * 300))
 
 
 def test_a_damaged_entry_is_named(tmp_path: Path) -> None:
     place = tmp_path / "catalogue.sqlite"
     enter(place, an_entry())
     database = sqlite3.connect(place)
-    database.execute("UPDATE runs SET metrics = '{'")
-    database.commit()
+    for damage in ("metrics = '{'", f"metrics = '{'[' * 10_000}'", "metrics = '{}', entered = 'yesterday'"):
+        database.execute(f"UPDATE runs SET {damage}")
+        database.commit()
+        with Catalogue(place) as catalogue, pytest.raises(CatalogueError, match="entry 1 is damaged"):
+            catalogue.runs()
     database.close()
-    with Catalogue(place) as catalogue, pytest.raises(CatalogueError, match="entry 1 is damaged"):
-        catalogue.runs()
 
 
 def test_the_usual_place_follows_xdg(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,3 +114,12 @@ def test_the_usual_place_follows_xdg(monkeypatch: pytest.MonkeyPatch) -> None:
         assert default_catalogue(environment) == Path(
             "/home/somebody/.local/state/shadowmmu/catalogue.sqlite"
         )
+
+
+def test_a_user_without_a_home_has_no_usual_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(CatalogueError, match="Could not determine home directory"):
+        default_catalogue({})

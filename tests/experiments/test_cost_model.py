@@ -148,6 +148,13 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     assert load_cost_model(write(tmp_path, content())).costs.spte_set == 1
 
 
+@pytest.mark.parametrize("text", ["= 1", f"a = {'[' * 10_000}", f"a = 1{'0' * 5000}", "a = '\udcff'"])
+def test_a_file_that_is_no_toml(tmp_path: Path, text: str) -> None:
+    (tmp_path / "m.toml").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(CostModelError, match=r"m\.toml"):
+        load_cost_model(tmp_path / "m.toml")
+
+
 @pytest.mark.parametrize(
     "change, complaint",
     [

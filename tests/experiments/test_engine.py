@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from pathlib import Path
 
 import polars as pl
 import pytest
 
-from shadowmmu.experiments.folder import SweepWriter
-from shadowmmu.experiments.results import SweepFolderError, open_sweep
-from tests.experiments.conftest import spec_of, stub_sweep
+from shadowmmu.experiments.engine import local_workplace, run_sweep
+from shadowmmu.experiments.folder import SweepWriteError, SweepWriter
+from shadowmmu.experiments.results import SweepFolder, SweepFolderError, open_sweep
+from tests.experiments.conftest import STUB, spec_of, stub_sweep
 
 pytestmark = pytest.mark.processes
 
@@ -88,7 +91,8 @@ def test_a_sweep_that_is_stopped_keeps_what_is_known(tmp_path: Path) -> None:
 def test_a_run_that_hangs_does_not_outlive_a_sweep_that_is_stopped(tmp_path: Path) -> None:
     spec = spec_of("[grid]\ntest = ['hang']\n")
     looks = iter([False, True])
-    assert stub_sweep(tmp_path, spec, stopped=lambda: next(looks)).left == 1
+    with SweepWriter(tmp_path, spec, "0.1.0") as writer, local_workplace(1, STUB) as place:
+        assert run_sweep(writer, place, stopped=lambda: next(looks)).left == 1
 
 
 def test_another_sweep_in_the_same_folder_is_refused_with_what_differs(tmp_path: Path) -> None:
@@ -125,6 +129,60 @@ def test_one_program_at_a_time_writes_to_a_folder(tmp_path: Path) -> None:
         pass
 
 
+def test_a_folder_whose_name_looks_like_a_pattern_is_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep[1]*"
+    assert stub_sweep(folder, spec_of("[fixed]\ntest = 'good'\n")).left == 0
+    assert open_sweep(folder).table().height == 1
+
+
+def test_rows_that_are_put_into_the_table_meanwhile_are_read_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub_sweep(tmp_path, spec_of("[fixed]\ntest = 'good'\n"))
+    sweep = open_sweep(tmp_path)
+    table = sweep.row_files()
+    listings = iter([[tmp_path / "parts" / "part-00000001.parquet"], table])
+    monkeypatch.setattr(SweepFolder, "row_files", lambda _: next(listings))
+    assert sweep.table().height == 1
+
+
+def test_what_a_disk_does_not_take_is_said_and_leaves_no_half_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec_of("[fixed]\ntest = 'good'\n[grid]\nops = [1, 2]\n")
+    stub_sweep(tmp_path, spec, limit=1)
+    write_bytes = Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        write_bytes(path, data[:7])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, SweepWriter(tmp_path, spec, "0.1.0") as writer:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(SweepWriteError, match=r"results\.parquet: No space left on device"):
+            writer.compact()
+    assert not list(tmp_path.rglob("*.new"))
+    assert stub_sweep(tmp_path, spec).ran == 1
+
+
+def test_a_folder_that_cannot_be_locked_or_tidied_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "results.parquet.new").mkdir()
+    with pytest.raises(SweepFolderError, match=str(tmp_path)), SweepWriter(tmp_path, spec_of(""), "0.1.0"):
+        pass
+
+
+def test_a_file_at_which_polars_panics_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some files with a flipped byte make it do; its exception is no Exception."""
+    stub_sweep(tmp_path, spec_of("[fixed]\ntest = 'good'\n"))
+
+    def panic(*_: object, **__: object) -> None:
+        raise pl.exceptions.PanicException("range end index 12 out of range")
+
+    monkeypatch.setattr(pl, "read_parquet", panic)
+    with pytest.raises(SweepFolderError, match=r"results\.parquet is damaged"):
+        open_sweep(tmp_path).table()
+
+
 def test_folders_that_are_damaged_or_no_sweeps(tmp_path: Path) -> None:
     with pytest.raises(SweepFolderError, match=r"it has no sweep\.json"):
         open_sweep(tmp_path)
@@ -148,6 +206,7 @@ def test_folders_that_are_damaged_or_no_sweeps(tmp_path: Path) -> None:
         b"\xff",
         b'{"schema": "shadowmmu-sweep/1"}',
         b'{"schema": "shadowmmu-sweep/2"}',
+        b"[" * 10_000,
     ):
         header.write_bytes(text)
         with pytest.raises(SweepFolderError, match=r"sweep\.json"):

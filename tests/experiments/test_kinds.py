@@ -80,6 +80,7 @@ def test_a_factor_on_a_cost_is_a_factor_on_that_cost() -> None:
         ({"vcpus": 200}, "vcpus", ""),
         ({"load.fault_around": 3}, "", "a power of two"),
         ({"seed": 3}, "seed", "no such parameter"),
+        ({"vpid": True, "run.vpid": False}, "run.vpid", "given twice, by two of its names"),
         ({"park_rate": 0.1}, "park_rate", "no such parameter"),
         ({"cost.warp": 1.0}, "cost.warp", "no such parameter"),
         ({"cost.exit": -1.0}, "cost.exit", ">= 0.0"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -164,10 +167,66 @@ def test_folders_are_deleted_only_when_asked_and_only_those_of_runs(
     assert run.exists()
     done = runs("prune", "--keep", 1, "--folders")
     assert f"{run} deleted" in done.stdout.replace("\n", "")
-    assert "another entry has it" in done.stdout and "it has none of report.json" in done.stdout
+    assert (
+        "another entry has it, or a folder in it" in done.stdout
+        and "it has none of report.json" in done.stdout
+    )
     assert (run.exists(), shared.exists(), other.exists()) == (False, True, True)
     runs("prune", "--keep", 0)
     assert shared.exists()
+
+
+def test_a_folder_in_which_a_run_stays_is_not_deleted_whatever_it_is_called(
+    tmp_path: Path, place: Path, runs: Invoke
+) -> None:
+    outer = a_folder(tmp_path / "outer")
+    inner = a_folder(outer / "inner")
+    (tmp_path / "link").symlink_to(outer)
+    for folder in (outer, inner, tmp_path / "link" / "inner"):
+        enter(place, an_entry(folder))
+    done = runs("prune", "--keep", 1, "--folders")
+    assert done.stdout.replace("\n", "").count("another entry has it, or a folder in it") == 2
+    assert inner.exists()
+    assert json.loads(runs("show", inner, "--json").stdout)["run"] == 3
+
+
+def test_a_run_whose_folder_cannot_be_deleted_stays(
+    tmp_path: Path, place: Path, runs: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter(place, an_entry(a_folder(tmp_path / "run")))
+    enter(place, an_entry())
+
+    def refuse(folder: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    done = runs("prune", "--keep", 0, "--folders")
+    assert "Permission denied" in done.stderr
+    assert "1 of 2 entries removed" in done.stdout
+    assert numbers(place) == [1]
+
+
+def test_a_folder_that_one_may_not_look_for_is_not_gone(
+    tmp_path: Path, place: Path, runs: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter(place, an_entry(tmp_path / "private" / "run"))
+    exists = Path.exists
+
+    def refuse(path: Path) -> bool:
+        if "private" in path.parts:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    listed = runs("list")
+    assert listed.exit_code == 0 and "(gone)" not in listed.stdout.replace("\n", "")
+    assert "0 of 1 entries removed" in runs("prune").stdout
+
+
+@pytest.mark.parametrize("days", ["1e300", "inf"])
+def test_nothing_is_older_than_any_number_of_days(place: Path, runs: Invoke, days: str) -> None:
+    enter(place, an_entry())
+    assert "0 of 1 entries removed" in runs("prune", "--older-than", days).stdout
 
 
 @pytest.mark.parametrize("arguments", [["list"], ["show", "1"], ["compare", "1", "2"], ["prune"]])
@@ -180,6 +239,7 @@ def test_a_catalogue_that_is_not_there_is_a_usage_error(runs: Invoke, arguments:
 def test_a_run_that_is_not_there_is_a_usage_error(place: Path, runs: Invoke) -> None:
     enter(place, an_entry())
     assert runs("show", 2).exit_code == USAGE
+    assert runs("show", "1" * 5000).exit_code == USAGE
     assert runs("compare", 1, "/nowhere").exit_code == USAGE
 
 

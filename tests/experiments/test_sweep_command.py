@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner, Result
 
+from shadowmmu.cli.main import app
+from shadowmmu.cli.sweep import _show as show
+from shadowmmu.experiments.engine import SweepResult
+from shadowmmu.experiments.engine import _reach as reach
+from shadowmmu.experiments.folder import SweepWriter
+from shadowmmu.experiments.point import Outcome
 from shadowmmu.experiments.results import open_sweep
+from shadowmmu.experiments.spec import parse_spec
+from shadowmmu.experiments.table import row_of
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
 
@@ -40,6 +53,14 @@ def sweep(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+def sweep_here(*arguments: object) -> Result:
+    """The same in this process; what is not an exit status is raised."""
+    done = CliRunner().invoke(app, ["sweep", *map(str, arguments)])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done
+
+
 def until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
     """Waits for a condition, as long as a process lives."""
     while not condition():
@@ -57,6 +78,15 @@ def running(*command: object) -> Iterator[subprocess.Popen[bytes]]:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def address_in(file: Path) -> str | None:
+    """The scheduler's address, once it has written all of its file."""
+    try:
+        address: str = json.loads(file.read_text())["address"]
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return address
 
 
 @pytest.fixture(scope="module")
@@ -100,35 +130,85 @@ def test_the_same_sweep_on_a_dask_cluster_of_two_workers_has_the_same_table(
     file = tmp_path / "scheduler.json"
     dask = [sys.executable, "-m", "dask"]
     local = ["--host", "127.0.0.1", "--no-dashboard"]
-    worker = [
-        *dask,
-        "worker",
-        "--scheduler-file",
-        file,
-        *local,
-        "--nthreads",
-        1,
-        "--local-directory",
-        tmp_path,
-    ]
-    with (
-        running(*dask, "scheduler", *local, "--port", 0, "--scheduler-file", file) as scheduler,
-        running(*worker),
-        running(*worker),
-    ):
-        until(file.exists, scheduler)
-        address = json.loads(file.read_text())["address"]
-        done = sweep(experiment, "--out", tmp_path / "out", "--scheduler", address)
+    with running(*dask, "scheduler", *local, "--port", 0, "--scheduler-file", file) as scheduler:
+        until(lambda: address_in(file) is not None, scheduler)
+        address = address_in(file)
+        worker = [
+            *dask,
+            "worker",
+            address,
+            *local,
+            "--no-nanny",
+            "--nthreads",
+            1,
+            "--local-directory",
+            tmp_path,
+        ]
+        with running(*worker), running(*worker):
+            done = sweep(experiment, "--out", tmp_path / "out", "--scheduler", address)
     assert done.returncode == OK, done.stderr
     assert (tmp_path / "out" / "results.digest").read_text().strip() == digest
 
 
-@pytest.mark.parametrize("address", ["nonsense://127.0.0.1:1", "somewhere"])
+@pytest.mark.parametrize("address", ["nonsense://127.0.0.1:1", "somewhere", "tls://127.0.0.1:1"])
 def test_a_cluster_that_is_not_there_is_said(experiment: Path, tmp_path: Path, address: str) -> None:
-    done = sweep(experiment, "--out", tmp_path / "out", "--scheduler", address)
-    assert done.returncode == INCOMPLETE
+    done = sweep_here(experiment, "--out", tmp_path / "out", "--scheduler", address)
+    assert done.exit_code == INCOMPLETE
     assert f"there is no Dask scheduler at {address}" in done.stderr
-    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_a_scheduler_that_takes_only_tls_is_reached_by_the_certificates_of_dasks_configuration(
+    tmp_path: Path,
+) -> None:
+    import dask
+    from distributed.comm.core import listen
+    from distributed.security import Security
+
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    new = [
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+        "-nodes",
+        "-subj",
+        "/CN=me",
+    ]
+    subprocess.run(
+        ["openssl", *new, "-keyout", key, "-out", certificate], check=True, capture_output=True
+    )  # fmt: skip
+    tls = {"ca-file": str(certificate)}
+    tls |= {f"{role}.key": str(key) for role in ("scheduler", "client")}
+    tls |= {f"{role}.cert": str(certificate) for role in ("scheduler", "client")}
+
+    async def ignore(_comm: object) -> None:
+        pass
+
+    async def scheduler() -> None:
+        security: Any = Security()  # type: ignore[no-untyped-call]
+        there: Any = listen("tls://127.0.0.1", ignore, **security.get_listen_args("scheduler"))  # type: ignore[no-untyped-call]
+        async with there as listener:
+            await reach(listener.contact_address, security)
+
+    with dask.config.set({f"distributed.comm.tls.{name}": value for name, value in tls.items()}):
+        asyncio.run(scheduler())
+
+
+def test_a_disk_that_is_full_ends_a_sweep_in_order(
+    experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, _data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        done = sweep_here(experiment, "--out", tmp_path / "out", "--jobs", 1)
+    assert done.exit_code == INCOMPLETE
+    assert "sweep.json: No space left on device" in done.stderr
+    assert "the same command goes on" in done.stderr
 
 
 def test_the_first_ctrl_c_ends_a_sweep_with_what_is_known(experiment: Path, tmp_path: Path) -> None:
@@ -149,10 +229,19 @@ def test_a_point_that_fails_is_shown_and_decides_the_status(tmp_path: Path) -> N
         'title = "Too little time"\nkind = "explore"\ntimeout = 0.001\n[fixed]\ntest = "cr3-global"\n'
         'executions = 100_000\nstrategy = "random"\n'
     )
-    done = sweep(file, "--out", tmp_path / "out", "--jobs", 1)
-    assert done.returncode == INCOMPLETE
+    done = sweep_here(file, "--out", tmp_path / "out", "--jobs", 1)
+    assert done.exit_code == INCOMPLETE
     assert "no result within 0.001 seconds" in done.stdout
     assert "1 of 1 runs have ended, 1 of them failed" in done.stdout
+
+
+def test_brackets_in_errors_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = parse_spec('title = "t"\nkind = "explore"\n[grid]\ntest = ["cr3-global"]\n', "e.toml")
+    with SweepWriter(tmp_path, spec, "0.1.0") as writer:
+        [run] = writer.pending()
+        writer.add(row_of(run, Outcome(error="KeyError: '[/x]'")))
+        show(writer, SweepResult(1, 1, 0, writer.compact()), interrupted=False)
+    assert "KeyError: '[/x]'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -171,7 +260,6 @@ def test_nonsense_is_a_usage_error(tmp_path: Path, arguments: list[object], text
     names["bad"].write_text(TWO_HUNDRED + "speed = [1]\n")
     names["stress"].write_text('title = "t"\nkind = "stress"\n')
     given = [str(argument).format(**names) for argument in arguments]
-    done = sweep(*([] if "--out" in given else ["--out", tmp_path / "out"]), *given)
-    assert done.returncode == USAGE, done.stderr
+    done = sweep_here(*([] if "--out" in given else ["--out", tmp_path / "out"]), *given)
+    assert done.exit_code == USAGE, done.stderr
     assert text in " ".join(done.stderr.split())
-    assert "Traceback" not in done.stderr

@@ -26,7 +26,7 @@ class Recorded(NamedTuple):
 
 RUNS = {
     "mixed": RunConfig(ops=6000, seed=1, host_rate=20.0),
-    "fork": RunConfig(ops=3000, seed=2, workload=Workload.FORK),
+    "fork": RunConfig(ops=1500, seed=2, workload=Workload.FORK),
     "linux-3.1": RunConfig(ops=3000, seed=3, profile="linux-3.1", workload=Workload.SLOPPY),
     "few-pages": RunConfig(ops=3000, seed=4, mmu_pages=64, vpid=False),
     "pre-patch": RunConfig(ops=3000, seed=5, profile="pre-patch", bypass_guest_pf=True),

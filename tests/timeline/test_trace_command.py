@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -9,7 +12,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from shadowmmu.cli.main import app
-from shadowmmu.machine import JOURNAL_NAME
+from shadowmmu.machine import JOURNAL_NAME, Header
+from shadowmmu.machine.journal import SCHEMA, JournalWriter
+from shadowmmu.protocol.messages import RunConfig
+from shadowmmu.timeline import Ending
 from tests.timeline.decoded import Decoded
 from tests.timeline.ftrace_lines import parser
 from tests.timeline.recorded import folder
@@ -66,6 +72,7 @@ def test_a_run_in_virtual_time(tmp_path: Path) -> None:
         "[]",
         good.replace('"digest": "', '"digest": "0'),
         good.replace('"ghz": ', '"ghz": -'),
+        re.sub(r'"ghz": [0-9.]+', '"ghz": 1e-300', good),
     ):
         file.write_text(bad)
         result = trace(run, "-o", tmp_path / "x")
@@ -116,6 +123,45 @@ def test_a_run_that_the_program_executes_otherwise_now_is_refused(
     assert nothing_but(tmp_path)
 
 
+def test_a_journal_of_a_profile_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    with (tmp_path / JOURNAL_NAME).open("wb") as file:
+        journal = JournalWriter(file.write)
+        journal.append(Header(SCHEMA, "9.9.9", RunConfig(profile="linux-9")))
+        journal.flush()
+    result = trace(tmp_path, "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "the journal's configuration: unknown profile 'linux-9'" in result.stderr
+    assert nothing_but(tmp_path, JOURNAL_NAME)
+
+
+def test_a_dash_is_standard_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = folder("fork")[0]
+    assert trace(source, "-o", tmp_path / "run.txt", "--format", "ftrace").exit_code == 0
+    monkeypatch.chdir(tmp_path)
+    result = trace(source, "-o", "-", "--format", "ftrace")
+    assert result.exit_code == 0
+    assert result.stdout == (tmp_path / "run.txt").read_text()
+    assert nothing_but(tmp_path, "run.txt")
+    (tmp_path / JOURNAL_NAME).write_bytes((source / JOURNAL_NAME).read_bytes()[:4])
+    assert trace(tmp_path, "-o", "-").stdout == ""
+
+
+def test_a_disk_that_is_full_is_named_and_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run.pftrace"
+    out.write_text("before")
+
+    def full(*_: object) -> Ending:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("shadowmmu.timeline.perfetto.write_perfetto", full)
+    result = trace(folder("fork")[0], "-o", out)
+    assert result.exit_code == 2
+    assert f"No space left on device: '{out}'" in result.stderr.replace("\n", "")
+    assert nothing_but(tmp_path, "run.pftrace") and out.read_text() == "before"
+
+
 def test_what_makes_no_sense_is_a_usage_error(tmp_path: Path) -> None:
     source = folder("fork")[0]
     out = tmp_path / "out"
@@ -138,7 +184,8 @@ def test_what_makes_no_sense_is_a_usage_error(tmp_path: Path) -> None:
 def test_a_folder_without_a_run(tmp_path: Path) -> None:
     result = trace(tmp_path, "-o", tmp_path / "out")
     assert result.exit_code == 2
-    assert "The run cannot be traced: " in result.stderr and "journal" in result.stderr
+    assert "The run cannot be traced: " in result.stderr
+    assert "is no run's folder: it has no journal and no simulation.json" in result.stderr
 
 
 def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

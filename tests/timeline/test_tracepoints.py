@@ -118,7 +118,7 @@ def test_under_mmu_lock_preemption_is_off(name: str) -> None:
         assert line.flags == ("...1." if line.event in locked else ".....")
 
 
-@every_run
+@pytest.mark.parametrize("name", ["few-pages", "devices", "lost-workers", TIMED])
 def test_watching_them_changes_nothing(name: str) -> None:
     class Events:
         def __init__(self) -> None:

@@ -25,6 +25,7 @@ def check(
     """Check the events of a recorded run; exit status 0 no violation, 1 a violation, 2 the journal cannot be used."""
     from shadowmmu import machine
     from shadowmmu.checker import Checker, Rule, Violation
+    from shadowmmu.kvm import KvmError
     from shadowmmu.protocol.events import Event
 
     chosen = _rules(rules, list(Rule))
@@ -37,7 +38,7 @@ def check(
 
     try:
         result = machine.replay(folder, None, feed)
-    except (machine.JournalError, OSError) as error:
+    except (machine.JournalError, KvmError, OSError) as error:
         typer.echo(f"The journal cannot be used: {error}", err=True)
         raise typer.Exit(UNUSABLE_STATUS) from error
     for violation in found:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+    from rich.text import Text
 
-__all__ = ["output_console", "progress_line"]
+__all__ = ["output_console", "plain", "progress_line"]
 
 PLAIN_WIDTH: Final = 160
 """Columns of tables that go into a file or a pipe."""
@@ -21,6 +22,13 @@ def output_console() -> Console:
 
     console = Console()
     return console if console.is_terminal else Console(width=max(console.width, PLAIN_WIDTH))
+
+
+def plain(*texts: str) -> list[Text]:
+    """Texts of other people: brackets in them are no markup."""
+    from rich.text import Text
+
+    return [Text(text) for text in texts]
 
 
 def progress_line() -> Progress:

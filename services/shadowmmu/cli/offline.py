@@ -46,6 +46,7 @@ def replay(
         return
     from shadowmmu import machine
     from shadowmmu.checker import Checker, Violation
+    from shadowmmu.kvm import KvmError
     from shadowmmu.protocol.events import Event
 
     checker = Checker()
@@ -57,7 +58,7 @@ def replay(
 
     try:
         result = machine.replay(folder, until, check)
-    except (machine.JournalError, OSError) as error:
+    except (machine.JournalError, KvmError, OSError) as error:
         typer.echo(f"The journal cannot be used: {error}", err=True)
         raise typer.Exit(UNUSABLE_STATUS) from error
     typer.echo(f"records          {result.records}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import msgspec
 import typer
 
-from shadowmmu.cli.console import output_console
+from shadowmmu.cli.console import output_console, plain
 from shadowmmu.cli.usage import USAGE_STATUS, bad_value
 from shadowmmu.experiments.catalogue import (
     CATALOGUE_VARIABLE,
@@ -130,7 +131,12 @@ def _find(catalogue: Catalogue, name: str) -> Run:
 def _builtins(run: Run) -> dict[str, Any]:
     entry = run.entry
     folder = None if entry.folder is None else str(entry.folder)
-    return {"run": run.number, "entered": run.entered, **msgspec.structs.asdict(entry), "folder": folder}
+    return {
+        "run": run.number,
+        "entered": run.entered.isoformat(),
+        **msgspec.structs.asdict(entry),
+        "folder": folder,
+    }
 
 
 def _print_json(value: object) -> None:
@@ -165,24 +171,22 @@ def list_runs(
     for run in runs:
         entry = run.entry
         text = entry.text if len(entry.text) <= TEXT_WIDTH else f"{entry.text[:TEXT_WIDTH]}..."
-        folder = "-" if entry.folder is None else str(entry.folder)
         table.add_row(
-            *_plain(
-                str(run.number), entry.kind, entry.started[:19], entry.verdict, text, folder + _gone(entry)
-            )
+            *plain(str(run.number), entry.kind, entry.started[:19], entry.verdict, text, _place_of(entry))
         )
     output_console().print(table)
 
 
-def _plain(*texts: str) -> list[Any]:
-    """Texts in which brackets are no markup."""
-    from rich.text import Text
+def _gone(entry: Entry) -> bool:
+    """Whether its folder was kept, and is there no more. One that this user may not look for is there."""
+    try:
+        return entry.folder is not None and not entry.folder.exists()
+    except OSError:
+        return False
 
-    return [Text(text) for text in texts]
 
-
-def _gone(entry: Entry) -> str:
-    return "" if entry.folder is None or entry.folder.exists() else " (gone)"
+def _place_of(entry: Entry) -> str:
+    return "not kept" if entry.folder is None else f"{entry.folder}{' (gone)' if _gone(entry) else ''}"
 
 
 @runs_app.command("show")
@@ -200,7 +204,7 @@ def show_run(
         return
     entry = found.entry
     typer.echo(f"Run {found.number}: {entry.kind}, started {entry.started}, version {entry.code}")
-    typer.echo(f"Folder: {'not kept' if entry.folder is None else f'{entry.folder}{_gone(entry)}'}")
+    typer.echo(f"Folder: {_place_of(entry)}")
     typer.echo(f"Verdict: {entry.verdict}: {entry.text}")
     for title, values in (("Configuration", entry.configuration), ("Metrics", entry.metrics)):
         typer.echo(f"{title}:")
@@ -247,13 +251,13 @@ def compare_runs(
     for column in ("", *numbers):
         configuration.add_column(column)
     for name, values in differences.items():
-        configuration.add_row(*_plain(name, *(_shown(value) for value in values)))
+        configuration.add_row(*plain(name, *(_shown(value) for value in values)))
     table = Table(title="Metrics", box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("")
     for column in (*numbers, "ratio", "ratio per instruction"):
         table.add_column(column, justify="right")
     for name, *values in rows:
-        table.add_row(*_plain(name, *(_shown(value) for value in values)))
+        table.add_row(*plain(name, *(_shown(value) for value in values)))
     console = output_console()
     if differences:
         console.print(configuration)
@@ -320,17 +324,17 @@ def prune_runs(
     with _open(catalogue) as opened:
         runs = opened.runs()
         going = _to_prune(runs, older_than, keep)
-        numbers = {run.number for run in going}
-        kept = {run.entry.folder for run in runs if run.number not in numbers}
+        if folders:
+            numbers = {run.number for run in going}
+            kept = [run.entry.folder for run in runs if run.number not in numbers and run.entry.folder]
+            doomed = dict.fromkeys(run.entry.folder for run in going if run.entry.folder)
+            stuck = [folder for folder in doomed if not _delete(folder, kept, dry_run=dry_run)]
+            going = [run for run in going if run.entry.folder not in stuck]
         done = "would be " if dry_run else ""
         for run in going:
             typer.echo(f"Run {run.number} ({run.entry.kind}, {run.entry.folder or 'not kept'}) {done}removed")
-        if folders:
-            doomed = dict.fromkeys(run.entry.folder for run in going if run.entry.folder is not None)
-            for folder in doomed:
-                _delete(folder, shared=folder in kept, dry_run=dry_run)
         if not dry_run:
-            opened.remove(sorted(numbers))
+            opened.remove([run.number for run in going])
     typer.echo(f"{len(going)} of {len(runs)} entries {done}removed")
 
 
@@ -342,17 +346,20 @@ def _to_prune(runs: list[Run], older_than: float | None, keep: int | None) -> li
         run
         for run in runs
         if _gone(run.entry)
-        or (older_than is not None and now - datetime.fromisoformat(run.entered) > timedelta(days=older_than))
+        or (older_than is not None and (now - run.entered) / timedelta(days=1) > older_than)
         or run.number not in stay
     ]
 
 
-def _delete(folder: Path, *, shared: bool, dry_run: bool) -> None:
-    """Deletes a run's folder, if it is one and no entry that stays has it."""
-    if not folder.exists():
-        return
-    if shared:
-        typer.echo(f"{folder} stays: another entry has it")
+def _delete(folder: Path, kept: list[Path], *, dry_run: bool) -> bool:
+    """Deletes a run's folder, if it is one and no entry that stays has it, or a folder in it.
+
+    False if that was tried and has failed.
+    """
+    if not os.path.lexists(folder):
+        return True
+    if any(other.resolve().is_relative_to(folder.resolve()) for other in kept):
+        typer.echo(f"{folder} stays: another entry has it, or a folder in it")
     elif folder.is_symlink() or not any((folder / name).is_file() for name in RUN_FILES):
         typer.echo(f"{folder} stays: it has none of {', '.join(RUN_FILES)}")
     elif dry_run:
@@ -361,6 +368,9 @@ def _delete(folder: Path, *, shared: bool, dry_run: bool) -> None:
         try:
             shutil.rmtree(folder)
         except OSError as error:
-            typer.echo(f"{folder}: {error.strerror or error}", err=True)
-        else:
-            typer.echo(f"{folder} deleted")
+            typer.echo(
+                f"{folder} is not deleted, and stays in the catalogue: {error.strerror or error}", err=True
+            )
+            return False
+        typer.echo(f"{folder} deleted")
+    return True

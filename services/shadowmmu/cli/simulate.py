@@ -33,6 +33,7 @@ __all__ = ["simulate"]
 
 VIOLATED_STATUS: Final = 1
 STUCK_STATUS: Final = 2
+UNWRITTEN_STATUS: Final = 2
 SHOWN_COUNTERS: Final = (
     "timed.exits",
     "exits.page_fault",
@@ -71,7 +72,7 @@ def simulate(
 ) -> None:
     """Run a guest in virtual time: what it would cost on a real machine, by a cost model.
 
-    Exit status: 0, 1 coherence was violated (with --check), 2 the run got stuck.
+    Exit status: 0, 1 coherence was violated (with --check), 2 the run got stuck, or its file cannot be written.
     """
     from shadowmmu.experiments.simulation import Simulation
     from shadowmmu.machine.version import code_version
@@ -97,7 +98,7 @@ def simulate(
         result=result,
     )
     if out is not None:
-        simulation.write(out)
+        _write(simulation, out)
     if as_json:
         sys.stdout.buffer.write(simulation.encode())
     else:
@@ -107,6 +108,14 @@ def simulate(
     _enter(catalogue, out, started, simulation, violated=bool(found))
     if found:
         raise typer.Exit(VIOLATED_STATUS)
+
+
+def _write(simulation: Simulation, folder: Path) -> None:
+    try:
+        simulation.write(folder)
+    except OSError as error:
+        typer.echo(f"{folder}: simulation.json cannot be written: {error.strerror or error}", err=True)
+        raise typer.Exit(UNWRITTEN_STATUS) from error
 
 
 def _values(parameters: list[str]) -> dict[str, bool | int | float | str]:
@@ -161,15 +170,15 @@ def _show(simulation: Simulation) -> None:
         f"workload {config.run.workload.value}" if config.load is None else f"load {config.load.load.value}"
     )
     console = output_console()
-    console.print(
+    typer.echo(
         f"{what}, {config.vcpus} vCPU{'s' if config.vcpus > 1 else ''}, profile {config.run.profile},"
         f" cost model {simulation.cost_model} ({simulation.ghz:g} GHz)"
     )
     time = result.cycles / (simulation.ghz * 1e3)
-    console.print(f"virtual time: {result.cycles} cycles, {time:.1f} us; digest {result.digest}")
+    typer.echo(f"virtual time: {result.cycles} cycles, {time:.1f} us; digest {result.digest}")
     if config.load is not None:
         each = result.iteration_cycles / (simulation.ghz * 1e3)
-        console.print(f"per iteration: {result.iteration_cycles:.0f} cycles, {each:.2f} us")
+        typer.echo(f"per iteration: {result.iteration_cycles:.0f} cycles, {each:.2f} us")
     for table in (_causes(simulation), _latencies(simulation), _counters(simulation)):
         console.print(table)
 

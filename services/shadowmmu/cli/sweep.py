@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Self
 import msgspec
 import typer
 
-from shadowmmu.cli.console import output_console
+from shadowmmu.cli.console import output_console, plain
 from shadowmmu.cli.options import usable_cores
 from shadowmmu.cli.runs import CatalogueOption, enter_run, needs_experiments
 from shadowmmu.cli.usage import bad_value
@@ -86,7 +86,7 @@ def sweep(
         raise bad_value("--jobs", "is for this machine; with --scheduler the cluster decides")
     needs_experiments("polars")
     from shadowmmu.experiments.design import check_points
-    from shadowmmu.experiments.folder import SweepWriter
+    from shadowmmu.experiments.folder import SweepWriteError, SweepWriter
     from shadowmmu.experiments.point import KINDS
     from shadowmmu.experiments.results import SweepFolderError
     from shadowmmu.experiments.spec import SpecError, find_spec
@@ -106,11 +106,20 @@ def sweep(
             where = _workplace(scheduler, jobs or (usable_cores() if repeatable else 1))
             result, interrupted = _run(writer, where, retry_failed=retry_failed, limit=limit)
             _show(writer, result, interrupted=interrupted)
+    except SweepWriteError as error:
+        raise _broken_off(error) from error
     except SweepFolderError as error:
         raise bad_value("--out", str(error)) from error
     done = not interrupted and not result.failed and (limit is not None or not result.left)
     enter_run(catalogue, _entry(writer, result, started))
     raise typer.Exit(0 if done else INCOMPLETE_STATUS)
+
+
+def _broken_off(error: Exception) -> typer.Exit:
+    """What is raised when a sweep cannot go on; a line says why, and what to do."""
+    typer.echo(f"shadowmmu sweep: {error}", err=True)
+    typer.echo("What was there before is kept; the same command goes on.", err=True)
+    return typer.Exit(INCOMPLETE_STATUS)
 
 
 def _entry(writer: SweepWriter, result: SweepResult, started: str) -> Entry:
@@ -157,9 +166,7 @@ def _run(
                 writer, place, retry_failed=retry_failed, limit=limit, progress=bar, stopped=stop.is_set
             )
     except ClusterError as error:
-        typer.echo(f"shadowmmu sweep: {error}", err=True)
-        typer.echo("What had come from it is kept; the same command goes on.", err=True)
-        raise typer.Exit(INCOMPLETE_STATUS) from error
+        raise _broken_off(error) from error
     return result, stop.is_set()
 
 
@@ -229,7 +236,7 @@ def _show(writer: SweepWriter, result: SweepResult, *, interrupted: bool) -> Non
         for row in failures.head(SHOWN_FAILURES).iter_rows(named=True):
             values = " ".join(f"{name}={row[name]}" for name in writer.sweep.spec.varied())
             text = row["error"].splitlines()[0][:ERROR_WIDTH]
-            table.add_row(str(row["point"]), str(row["replicate"]), values, text)
+            table.add_row(*plain(str(row["point"]), str(row["replicate"]), values, text))
         output_console().print(table)
     typer.echo(f"{'Stopped: ' if interrupted else ''}{_ended(writer, result)}; {result.ran} were made now")
     if result.failed:

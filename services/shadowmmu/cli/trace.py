@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import enum
 import os
+import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["trace"]
 
 UNUSABLE_STATUS: Final = 2
+STANDARD_OUTPUT: Final = Path("-")
 
 
 class TraceFormat(enum.Enum):
@@ -44,7 +47,12 @@ def trace(
         ),
     ],
     *,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Where to write.", dir_okay=False)],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", metavar="FILE", help="Where to write; - is standard output.", dir_okay=False
+        ),
+    ],
     trace_format: Annotated[
         TraceFormat,
         typer.Option("--format", help="For ui.perfetto.dev, or lines as ftrace prints KVM's tracepoints."),
@@ -68,7 +76,7 @@ def trace(
 
     with _explained():
         execution = _open(source, Records(first, last), check=check)
-        with _replaced(out) as file:
+        with _output(out) as file:
             ending = _write(trace_format, execution, file, Records(first, last))
             _refuse(ending, first)
     _tell(out, ending)
@@ -95,7 +103,7 @@ def _explained() -> Iterator[None]:
 def _open(source: Path, records: Records, *, check: bool) -> Execution:
     from shadowmmu.experiments.simulation import SIMULATION_NAME
     from shadowmmu.machine import JOURNAL_NAME
-    from shadowmmu.timeline import ALL, JournalExecution, ReproExecution
+    from shadowmmu.timeline import ALL, ExecutionError, JournalExecution, ReproExecution
 
     if not source.is_dir():
         if source.suffix != ".repro":
@@ -103,8 +111,12 @@ def _open(source: Path, records: Records, *, check: bool) -> Execution:
         if records != ALL:
             raise bad_value("--from", "a .repro file has no journal")
         return ReproExecution(read_repro(source))
-    if (source / JOURNAL_NAME).exists() or not (source / SIMULATION_NAME).exists():
+    if (source / JOURNAL_NAME).exists():
         return JournalExecution(source, check=check)
+    if not (source / SIMULATION_NAME).exists():
+        raise ExecutionError(
+            f"{source} is no run's folder: it has no {JOURNAL_NAME} and no {SIMULATION_NAME}"
+        )
     if records != ALL:
         raise bad_value("--from", "a run in virtual time has no journal")
     return _timed(source, check=check)
@@ -129,6 +141,20 @@ def _write(trace_format: TraceFormat, execution: Execution, file: BinaryIO, reco
 
 
 @contextlib.contextmanager
+def _output(path: Path) -> Iterator[BinaryIO]:
+    """A file to be written; what it has goes there when it is complete."""
+    if path == STANDARD_OUTPUT:
+        with tempfile.TemporaryFile() as file:
+            yield file
+            file.seek(0)
+            shutil.copyfileobj(file, sys.stdout.buffer)
+            sys.stdout.flush()
+        return
+    with _replaced(path) as file:
+        yield file
+
+
+@contextlib.contextmanager
 def _replaced(path: Path) -> Iterator[BinaryIO]:
     """A file that takes this name when it is complete; nothing is left of one that never is."""
     if path.exists() and not path.is_file():
@@ -144,8 +170,10 @@ def _replaced(path: Path) -> Iterator[BinaryIO]:
         os.umask(mask)
         Path(name).chmod(0o666 & ~mask)
         Path(name).replace(path)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 
@@ -163,4 +191,5 @@ def _tell(out: Path, ending: Ending) -> None:
         typer.echo(f"torn tail  {ending.torn} bytes of an unfinished frame: the writer was killed", err=True)
     if not ending.ended:
         typer.echo("The journal has no end; what was under way is marked as unfinished.", err=True)
-    typer.echo(f"{out}: {out.stat().st_size} bytes")
+    if out != STANDARD_OUTPUT:
+        typer.echo(f"{out}: {out.stat().st_size} bytes")

@@ -79,15 +79,21 @@ class Run(msgspec.Struct, frozen=True):
     """An entry with its number, and when it was entered."""
 
     number: int
-    entered: str
+    entered: datetime
     entry: Entry
 
 
 def default_catalogue(environment: Mapping[str, str] = os.environ) -> Path:
-    """The catalogue's place if somebody asks for one without saying where: XDG's folder for state."""
+    """The catalogue's place if somebody asks for one without saying where: XDG's folder for state.
+
+    Raises CatalogueError for a user without a home folder.
+    """
     state = environment.get("XDG_STATE_HOME", "")
     # XDG: a relative path is to be ignored.
-    base = Path(state) if state.startswith("/") else Path.home() / ".local" / "state"
+    try:
+        base = Path(state) if state.startswith("/") else Path.home() / ".local" / "state"
+    except RuntimeError as error:
+        raise CatalogueError(f"there is no usual place for a catalogue: {error}") from error
     return base / "shadowmmu" / "catalogue.sqlite"
 
 
@@ -102,14 +108,16 @@ class Catalogue:
 
     def __init__(self, path: Path, *, make: bool = False) -> None:
         self._path = path
-        if not make and not path.exists():
-            raise CatalogueError(f"there is no catalogue {path}")
         with self._errors():
             if make:
                 path.parent.mkdir(parents=True, exist_ok=True)
+            elif not path.exists():
+                raise CatalogueError(f"there is no catalogue {path}")
             self._database = sqlite3.connect(path, timeout=_LOCK_SECONDS, isolation_level=None)
             try:
-                self._prepare()
+                if make:
+                    self._prepare()
+                self._check()
             except BaseException:
                 self._database.close()
                 raise
@@ -153,8 +161,10 @@ class Catalogue:
                     self._database.execute(_SCHEMA)
                     self._database.execute(f"PRAGMA user_version = {_VERSION}")
                     self._database.execute(f"PRAGMA application_id = {_APPLICATION}")
+
+    def _check(self) -> None:
         if self._pragma("application_id") != _APPLICATION:
-            raise CatalogueError(f"{self._path} is a database of another program")
+            raise CatalogueError(f"{self._path} is no catalogue of runs, or a database of another program")
         version = self._pragma("user_version")
         if version != _VERSION:
             raise CatalogueError(f"{self._path} is of version {version}; version {_VERSION} is known here")
@@ -195,10 +205,12 @@ class Catalogue:
         """The entry of a number, or the newest one of a folder. Raises CatalogueError if there is none."""
         runs = self.runs()
         if wanted.isdecimal():
-            found = [run for run in runs if run.number == int(wanted)]
+            found = [run for run in runs if str(run.number) == wanted]
         else:
-            folder = Path(wanted).absolute()
-            found = [run for run in runs if run.entry.folder == folder]
+            folder = Path(wanted).resolve()
+            found = [
+                run for run in runs if run.entry.folder is not None and run.entry.folder.resolve() == folder
+            ]
         if not found:
             raise CatalogueError(f"there is no run {wanted!r} in {self._path}")
         return found[-1]
@@ -211,6 +223,7 @@ class Catalogue:
     def _run(self, row: tuple[Any, ...]) -> Run:
         number, kind, folder, started, entered, code, verdict, text, configuration, metrics = row
         try:
+            when = datetime.fromisoformat(entered).astimezone(UTC)
             entry = Entry(
                 kind=kind,
                 folder=None if folder is None else Path(folder),
@@ -221,6 +234,6 @@ class Catalogue:
                 configuration=msgspec.json.decode(configuration, type=dict[str, Any]),
                 metrics=msgspec.json.decode(metrics, type=dict[str, Metric]),
             )
-        except msgspec.DecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise CatalogueError(f"{self._path}: entry {number} is damaged: {error}") from error
-        return Run(number, entered, entry)
+        return Run(number, when, entry)

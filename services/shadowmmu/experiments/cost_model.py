@@ -146,7 +146,8 @@ def _load(path: Path) -> CostModel:
         file = msgspec.toml.decode(data, type=_File)
     except OSError as error:
         raise CostModelError(f"cannot read cost model {path}: {error.strerror}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
+        # What is no cost model, no TOML or no text; numbers may be too long, and lists too deep.
         raise CostModelError(f"cost model {path}: {error}") from error
     _check_names(path, "costs", file.costs, [name for name in Costs.__struct_fields__ if name != "guest"])
     _check_names(path, "guest", file.guest, list(WORK))

@@ -1,7 +1,7 @@
 """The sweep engine: runs that are pending go to an executor, their rows to the folder as they come.
 
-The executor is anybody's: a pool of threads here, each with a child process (`local_executor`), or a Dask cluster
-(`dask_executor`). Who runs what when is their affair.
+The executor is anybody's: a pool of threads here, each with a child process (`local_workplace`), or a Dask cluster
+(`dask_workplace`). Who runs what when is their affair.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, ThreadPoolExecutor, wait
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from shadowmmu.experiments.design import Run
 from shadowmmu.experiments.folder import SweepWriter
 from shadowmmu.experiments.isolation import COMMAND, Children, execute
 from shadowmmu.experiments.point import Job, Outcome
 from shadowmmu.experiments.table import Status, row_of
+
+if TYPE_CHECKING:
+    from distributed.security import Security
 
 __all__ = [
     "ClusterError",
@@ -39,7 +42,7 @@ Execute = Callable[[Job], Outcome]
 
 
 class ClusterError(RuntimeError):
-    """The cluster cannot be reached, or is gone. What had come from it is kept."""
+    """The cluster cannot be reached, or is gone, or no process can be started here. What had come is kept."""
 
 
 class Workplace(NamedTuple):
@@ -88,11 +91,14 @@ def local_workplace(jobs: int, command: tuple[str, ...] = COMMAND) -> Iterator[W
 def dask_workplace(address: str) -> Iterator[Workplace]:
     """The cluster of the Dask scheduler at an address. Raises ClusterError if there is none."""
     from distributed import Client  # noqa: PLC0415 - loads a lot, for this alone
+    from distributed.security import Security  # noqa: PLC0415 - as above
 
+    security = Security()  # type: ignore[no-untyped-call] # certificates are in Dask's configuration
     try:
-        asyncio.run(_reach(address))  # a client that cannot connect does not let go for a long time
-        client: Any = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)  # type: ignore[no-untyped-call]
-    except (OSError, ValueError) as error:
+        asyncio.run(_reach(address, security))  # a client that cannot connect does not let go for a long time
+        client: Any = Client(address, security=security, timeout=CONNECT_SECONDS, set_as_default=False)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        # TypeError is for no certificates, ImportError for a transport that is not installed.
         raise ClusterError(f"there is no Dask scheduler at {address}: {str(error) or 'no answer'}") from error
     with client:
         executor = client.get_executor(pure=False)
@@ -102,11 +108,12 @@ def dask_workplace(address: str) -> Iterator[Workplace]:
             executor.shutdown(wait=False)
 
 
-async def _reach(address: str) -> None:
-    """Connects with what must be a Dask scheduler. Raises OSError, or ValueError for what is no address."""
+async def _reach(address: str, security: Security) -> None:
+    """Connects with what must be a Dask scheduler. Raises OSError, ValueError, TypeError or ImportError."""
     from distributed.comm.core import connect  # noqa: PLC0415 - as above
 
-    comm: Any = await asyncio.wait_for(connect(address, timeout=CONNECT_SECONDS), CONNECT_SECONDS)  # type: ignore[no-untyped-call]
+    tls: Any = security.get_connection_args("client")  # type: ignore[no-untyped-call]
+    comm: Any = await asyncio.wait_for(connect(address, timeout=CONNECT_SECONDS, **tls), CONNECT_SECONDS)  # type: ignore[no-untyped-call]
     comm.abort()
 
 
@@ -197,4 +204,4 @@ def _outcome(future: Future[Outcome]) -> Outcome:
     except Exception as error:
         if type(error).__name__ == "KilledWorker":  # distributed's, which may not be installed
             return Outcome(error=f"the Dask workers that had this run died: {error}")
-        raise ClusterError(f"the cluster failed: {type(error).__name__}: {error}") from error
+        raise ClusterError(f"runs cannot be made: {type(error).__name__}: {error}") from error

@@ -6,7 +6,9 @@ program at a time writes to a folder. `shadowmmu.experiments.results` says what 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import io
 import math
 import os
 import time
@@ -16,6 +18,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 import msgspec
+import polars as pl
 
 from shadowmmu.experiments.design import Run, runs_of
 from shadowmmu.experiments.results import (
@@ -31,7 +34,7 @@ from shadowmmu.experiments.results import (
 from shadowmmu.experiments.spec import PRESENTATION, SweepSpec
 from shadowmmu.experiments.table import Row, Status, table_digest, table_of
 
-__all__ = ["SweepWriter"]
+__all__ = ["SweepWriteError", "SweepWriter"]
 
 BATCH_SECONDS: Final = 1.0
 BATCH_ROWS: Final = 256
@@ -40,11 +43,15 @@ TEMPORARY: Final = ".new"
 LOCK_NAME: Final = ".lock"
 
 
+class SweepWriteError(SweepFolderError):
+    """The disk did not take a file. Those that are there are whole."""
+
+
 class SweepWriter:
     """A sweep's folder while somebody runs it; a context manager.
 
     `path`: made if it is not there; what it has of the same sweep is gone on with. Raises SweepFolderError if it has
-    something else, or if another program writes to it.
+    something else, or if another program writes to it; SweepWriteError from whatever has to write.
     """
 
     def __init__(
@@ -62,13 +69,13 @@ class SweepWriter:
         try:
             self._parts.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                self._begin(path)
+            except BaseException:
+                os.close(self._lock)
+                raise
         except OSError as error:
             raise SweepFolderError(f"{path}: {error.strerror or error}") from error
-        try:
-            self._begin(path)
-        except BaseException:
-            os.close(self._lock)
-            raise
         return self
 
     def __exit__(
@@ -91,7 +98,7 @@ class SweepWriter:
         for left in (*path.glob(f"*{TEMPORARY}"), *self._parts.glob(f"*{TEMPORARY}")):
             left.unlink()
         header = msgspec.json.format(msgspec.json.encode(self.sweep.header), indent=2) + b"\n"
-        _write(path / HEADER_NAME, lambda file: file.write_bytes(header))
+        _write(path / HEADER_NAME, header)
 
     # --- what is to be done ------------------------------------------------------------------------------------------
 
@@ -126,7 +133,7 @@ class SweepWriter:
         stems = (path.stem.removeprefix("part-") for path in self._parts.glob("part-*.parquet"))
         numbers = [int(stem) for stem in stems if stem.isdecimal()]
         path = self._parts / f"part-{max(numbers, default=0) + 1:08d}.parquet"
-        _write(path, table.write_parquet)
+        _write(path, _parquet(table))
         self._rows.clear()
         self._flushed = self._clock()
 
@@ -137,12 +144,12 @@ class SweepWriter:
         files = self.sweep.row_files()
         table = self.sweep.full_table()
         digest = table_digest(table)
-        _write(path / TABLE_NAME, table.write_parquet)
+        _write(path / TABLE_NAME, _parquet(table))
         for part in files:
             if part.parent == self._parts:
                 part.unlink()
         if table.height == self.sweep.runs:
-            _write(path / DIGEST_NAME, lambda file: file.write_text(f"{digest}\n"))
+            _write(path / DIGEST_NAME, f"{digest}\n".encode())
         else:
             (path / DIGEST_NAME).unlink(missing_ok=True)
         return digest
@@ -184,13 +191,24 @@ def _shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file, whole or not at all, and waits until the disk has it."""
+def _parquet(table: pl.DataFrame) -> bytes:
+    file = io.BytesIO()
+    table.write_parquet(file)
+    return file.getvalue()
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Writes a file, whole or not at all, and waits until the disk has it. Raises SweepWriteError."""
     scratch = path.with_name(f"{path.name}{TEMPORARY}")
-    write(scratch)
-    _synchronise(scratch)
-    scratch.replace(path)
-    _synchronise(path.parent)
+    try:
+        scratch.write_bytes(data)
+        _synchronise(scratch)
+        scratch.replace(path)
+        _synchronise(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            scratch.unlink()  # half of it is of no use, and takes room
+        raise SweepWriteError(f"{path}: {error.strerror or error}") from error
 
 
 def _synchronise(path: Path) -> None:

@@ -108,12 +108,16 @@ class Parameters(Generic[Config]):
         Raises ParameterError.
         """
         tree: dict[str, Any] = {}
+        given: set[str] = set()
         for name, value in values.items():
             parameter = self.find(name)
+            if parameter.name in given:
+                raise ParameterError(parameter.name, "this is given twice, by two of its names")
+            given.add(parameter.name)
             checked = parameter.check(value)
             _put(tree, parameter.path, None if checked == NONE and _optional(parameter) else checked)
-        for name, given in more.items():
-            _put(tree, tuple(name.split("__")), given)
+        for name, field in more.items():
+            _put(tree, tuple(name.split("__")), field)
         try:
             return msgspec.convert(tree, self._config)
         except msgspec.ValidationError as error:

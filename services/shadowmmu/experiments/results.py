@@ -96,9 +96,10 @@ class SweepFolder:
 
     def full_table(self) -> pl.DataFrame:
         """The table with the column of tracebacks. Raises SweepFolderError."""
-        rows: list[Row] = []
-        for path in self.row_files():
-            rows += self._rows(path)
+        try:
+            rows = self._rows()
+        except FileNotFoundError:  # a sweep that is going on has just put it into the table
+            rows = self._rows()
         return table_of(rows, self.spec.names())
 
     def row_files(self) -> list[Path]:
@@ -107,20 +108,22 @@ class SweepFolder:
         table = self.path / TABLE_NAME
         return [table, *parts] if table.exists() else parts
 
-    def _rows(self, path: Path) -> list[Row]:
+    def _rows(self) -> list[Row]:
+        return [row for path in self.row_files() for row in self._frame(path).iter_rows(named=True)]
+
+    def _frame(self, path: Path) -> pl.DataFrame:
         try:
-            frame = pl.read_parquet(path)
+            frame = pl.read_parquet(path, glob=False)
         except FileNotFoundError:
-            return []  # a sweep that is going on has just put it into the table
-        except (OSError, pl.exceptions.PolarsError) as error:
+            raise
+        except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
             raise SweepFolderError(
                 f"{path} is damaged ({error}); without it, its runs are made again"
             ) from error
         missing = [name for name in sorted(RESERVED) + self.spec.names() if name not in frame.columns]
         if missing:
             raise SweepFolderError(f"{path} is no file of this sweep: it has no column {missing[0]!r}")
-        rows: list[Row] = frame.to_dicts()
-        return rows
+        return frame
 
 
 def open_sweep(path: Path | str) -> SweepFolder:
@@ -139,5 +142,5 @@ def open_sweep(path: Path | str) -> SweepFolder:
         if schema != SCHEMA:
             raise SweepFolderError(f"{file}: the schema is {schema!r}; {SCHEMA!r} is known here")
         return SweepFolder(folder, msgspec.json.decode(data, type=SweepHeader))
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise SweepFolderError(f"{file} is damaged: {error}") from error

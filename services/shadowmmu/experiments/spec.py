@@ -44,8 +44,8 @@ __all__ = [
 ]
 
 SHIPPED: Final = Path(__file__).with_name("shipped")
-MAX_RUNS: Final = 1_000_000
-"""Most runs of a sweep: more is a slip in a grid."""
+MAX_RUNS: Final = 100_000
+"""Most runs of a sweep: more is a slip in a grid, and a table that memory does not hold."""
 PRESENTATION: Final = frozenset({"title", "question", "analysis", "plots", "timeout"})
 """Keys that change no result of a run."""
 
@@ -121,7 +121,8 @@ def find_spec(name: str, seed: int | None = None) -> SweepSpec:
     """The experiment in a file, or the shipped one of that name; with `seed` instead of its own. Raises SpecError."""
     path = Path(name)
     shipped = SHIPPED / f"{name}.toml"
-    if not path.exists() and path.name == name and shipped.exists():
+    # A folder of that name is no file of one's own: results often go into a folder called like the experiment.
+    if not path.is_file() and path.name == name and shipped.exists():
         path = shipped
     if not path.exists():
         known = ", ".join(sorted(each.stem for each in SHIPPED.glob("*.toml"))) or "none"
@@ -147,7 +148,8 @@ def parse_spec(text: str, source: str) -> SweepSpec:
     """The experiment in a TOML text; `source` names it in errors. Raises SpecError."""
     try:
         raw = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        # Not all are TOMLDecodeErrors: numbers may be too long, and lists too deep.
         raise SpecError(source, "", f"this is no TOML: {error}") from error
     return _Reader(source).read(raw)
 
@@ -189,6 +191,8 @@ class _Reader:
             raise self._error(key, f"this is a table of parameters, not {_kind_of(table)}")
         flat: dict[str, Any] = {}
         for name, value in _leaves(table, ""):
+            if value == {}:
+                raise self._error(f"{key}.{name}", "this is empty")
             if name in flat:
                 raise self._error(f"{key}.{name}", "this is there twice, with dots and in quotes")
             flat[name] = value
@@ -214,6 +218,8 @@ class _Reader:
     def _check_scalar(self, key: str, value: object) -> None:
         if not isinstance(value, bool | int | float | str):
             raise self._error(key, f"a value is a truth value, a number or a text, not {_kind_of(value)}")
+        if isinstance(value, str) and "\0" in value:
+            raise self._error(key, "this text has a null character")
         if isinstance(value, float) and not math.isfinite(value):
             raise self._error(key, f"{value} is no finite number")
 
@@ -248,13 +254,13 @@ class _Reader:
     def _filled(self, spec: SweepSpec, points: list[dict[str, Value]]) -> list[dict[str, Value]]:
         """Points that all have the same parameters: those that one lacks have their defaults."""
         names = dict.fromkeys(name for point in points for name in point)
-        filled: list[dict[str, Value]] = []
+        seen: dict[tuple[Value, ...], int] = {}
         for n, point in enumerate(points):
-            whole = {name: point[name] if name in point else self._default(spec, n, name) for name in names}
-            if whole in filled:
-                raise self._error(f"points[{n}]", f"this is points[{filled.index(whole)}] again")
-            filled.append(whole)
-        return filled
+            values = tuple(point[name] if name in point else self._default(spec, n, name) for name in names)
+            first = seen.setdefault(values, n)
+            if first != n:
+                raise self._error(f"points[{n}]", f"this is points[{first}] again")
+        return [dict(zip(names, values, strict=True)) for values in seen]
 
     def _default(self, spec: SweepSpec, number: int, name: str) -> Value:
         default = self._parameter(spec, f"points[{number}].{name}", name).default
@@ -318,7 +324,7 @@ class _Reader:
 
 def _leaves(table: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for name, value in table.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

@@ -6,7 +6,6 @@ there is no clock, the axis counts steps: one is a microsecond there, so that to
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Sized
 from pathlib import Path
@@ -41,6 +40,9 @@ __all__ = [
 
 STEP: Final = 1000
 """Nanoseconds on the axis for a step of a scheduler."""
+SLOWEST_GHZ: Final = 1e-3
+FASTEST_GHZ: Final = 1e3
+"""With clocks beyond these, times are no times any more."""
 _STEPS: Final = "1 µs on the axis is 1 step of the scheduler: there is no other time"
 
 
@@ -207,7 +209,6 @@ class JournalExecution:
             records = iter(journal)
             header = next(records)
             assert isinstance(header, Header)
-            run = Replayer(header)
             watch = _Watch(observer, Checker() if self._check else None, traced)
             run = self._replayer(header, watch)
             watch.join(run)
@@ -236,7 +237,7 @@ class TimedExecution:
     """A run in virtual time, on processors of `ghz` cycles per nanosecond.
 
     `digest`: of the result that it had; another one is a divergence. `check`: its coherence is checked on the way.
-    Raises ExecutionError if there is no such clock rate.
+    Raises ExecutionError if no processor has such a clock rate.
     """
 
     ordered: Final = False
@@ -244,7 +245,7 @@ class TimedExecution:
     def __init__(
         self, config: TimedConfig, costs: Costs, ghz: float, *, digest: str | None = None, check: bool = True
     ) -> None:
-        if not 0.0 < ghz < math.inf:
+        if not SLOWEST_GHZ <= ghz <= FASTEST_GHZ:
             raise ExecutionError(f"a clock of {ghz:g} GHz")
         self._config = config
         self._costs = costs
