@@ -1,34 +1,16 @@
-"""A run that does what the test says, its live page, and a browser to look at it with."""
+"""A run that does what the test says, and its live page."""
 
 import asyncio
-import os
-import shutil
-from collections.abc import AsyncIterator, Callable, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable
 from urllib.request import Request, urlopen
 
 import pytest
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 
 from shadowmmu.coordinator import Coordinator, RunSettings
 from shadowmmu.coordinator.live import LiveAddress, LiveServer
 from shadowmmu.protocol import messages as m
 
 WAIT_SECONDS = 30.0
-CHROMIUM, CHROMEDRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-ARGUMENTS = (
-    "--headless",
-    "--no-sandbox",  # of a container whose user is root
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-    "--window-size=1280,900",
-)
 
 
 class Conducted:
@@ -113,65 +95,3 @@ async def eventually(condition: Callable[[], object]) -> None:
 
 async def get(url: str, **headers: str) -> tuple[bytes, dict[str, str]]:
     return await asyncio.to_thread(fetch, url, **headers)
-
-
-class Browser:
-    """Chromium without a screen."""
-
-    def __init__(self, profile: Path, *more: str) -> None:
-        assert CHROMIUM is not None
-        options = webdriver.ChromeOptions()
-        options.binary_location = CHROMIUM
-        for argument in (*ARGUMENTS, f"--user-data-dir={profile}", *more):
-            options.add_argument(argument)
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        self.driver = webdriver.Chrome(options=options, service=Service(CHROMEDRIVER))
-
-    def resize(self, width: int, height: int) -> None:
-        """The page's own size: that of a window cannot be as small as a telephone."""
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-
-    def dark(self) -> None:
-        feature = {"name": "prefers-color-scheme", "value": "dark"}
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-
-    def ask(self, expression: str) -> object:
-        answer: object = self.driver.execute_script(f"return {expression}")
-        return answer
-
-    def complaints(self) -> list[str]:
-        return [str(entry["message"]) for entry in self.driver.get_log("browser")]  # type: ignore[no-untyped-call]
-
-    def screenshot(self, path: Path) -> None:
-        height = self.ask("document.documentElement.scrollHeight")
-        width = self.ask("document.documentElement.clientWidth")
-        assert isinstance(height, int) and isinstance(width, int)
-        self.resize(width, height)
-        assert self.driver.save_screenshot(str(path))
-
-
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Callable[..., Browser]]:
-    if CHROMIUM is None or CHROMEDRIVER is None:
-        missing = "no chromium with its chromedriver (Debian's packages chromium and chromium-driver)"
-        if os.environ.get("CI") == "true":
-            pytest.fail(missing)
-        pytest.skip(missing)
-    browsers: list[Browser] = []
-
-    def start(*more: str) -> Browser:
-        browsers.append(Browser(tmp_path / f"profile-{len(browsers)}", *more))
-        return browsers[-1]
-
-    yield start
-    for one in browsers:
-        one.driver.quit()
-
-
-@pytest.fixture
-def screenshots(tmp_path: Path) -> Path:
-    """Where screenshots go."""
-    folder = Path(os.environ.get("SHADOWMMU_SCREENSHOTS") or tmp_path)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

@@ -124,6 +124,14 @@ async def test_nonsense_is_answered_and_the_next_client_is_served(
     assert (await get(page.url + "healthz"))[0] == b"ok\n"
 
 
+@pytest.mark.parametrize("path", ["/", "/state", "/events", "/metrics", "/healthz"])
+async def test_who_asks_for_the_head_gets_no_more(page: LiveServer, path: str) -> None:
+    request = f"HEAD {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    head, _, body = (await talk(page, request.encode())).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200")
+    assert body == b""
+
+
 async def test_too_many_clients_are_told_so(page: LiveServer) -> None:
     request = b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n"
     connections = [

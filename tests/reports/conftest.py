@@ -1,35 +1,15 @@
-"""Folders to report on, made once by the command line, and a real browser to open reports in."""
+"""Folders to report on, made once by the command line."""
 
 import json
-import os
 import shutil
-from base64 import b64decode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
-from selenium.webdriver.support.ui import WebDriverWait
 from typer.testing import CliRunner
 
 from shadowmmu.cli.main import app
 
-CHROMIUM = shutil.which("chromium")
-CHROMEDRIVER = shutil.which("chromedriver")
-# Without the flags about the background, the browser asks for things in the network by itself.
-FLAGS = [
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-]
 BUGS = Path(__file__).parents[2] / "docs" / "bugs"
 
 SWEEP = """
@@ -137,84 +117,3 @@ def sweep(made: Path) -> Path:
 def copy(tmp_path: Path) -> Callable[[Path], Path]:
     """Copies a folder, to be damaged."""
     return lambda folder: shutil.copytree(folder, tmp_path / "copy" / folder.name)
-
-
-class Browser:
-    """Chromium without a screen."""
-
-    def __init__(self, profile: Path) -> None:
-        assert CHROMIUM is not None
-        options = webdriver.ChromeOptions()
-        options.binary_location = CHROMIUM
-        for flag in (*FLAGS, f"--user-data-dir={profile}"):
-            options.add_argument(flag)
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-        self.driver = webdriver.Chrome(options=options, service=Service(CHROMEDRIVER))
-        self.driver.get("about:blank")
-        self._log("performance")  # what the browser's own first page has loaded
-
-    def open(self, page: Path, *, width: int = 1280) -> None:
-        """Opens a report by day, and waits until its script is done."""
-        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        self.prefer("light")
-        self.driver.get(page.as_uri())
-        WebDriverWait(self.driver, 60).until(lambda _: self.ask("document.documentElement.dataset.ready"))
-
-    def prefer(self, scheme: str) -> None:
-        """What the system says of colours: light or dark."""
-        feature = {"name": "prefers-color-scheme", "value": scheme}
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-
-    def ask(self, expression: str) -> Any:
-        """The value of a JavaScript expression."""
-        return self.driver.execute_script(f"return {expression}")
-
-    def complaints(self) -> list[str]:
-        """What the page has written to the console."""
-        return [str(entry["message"]) for entry in self._log("browser")]
-
-    def requests(self) -> set[str]:
-        """The schemes of everything that the page has asked for."""
-        messages = [json.loads(entry["message"])["message"] for entry in self._log("performance")]
-        return {
-            message["params"]["request"]["url"].partition(":")[0]
-            for message in messages
-            if message["method"] == "Network.requestWillBeSent"
-        }
-
-    def _log(self, kind: str) -> list[dict[str, Any]]:
-        entries: list[dict[str, Any]] = self.driver.get_log(kind)  # type: ignore[no-untyped-call]
-        return entries
-
-    def screenshot(self, path: Path) -> bytes:
-        """The whole page as PNG, also kept in a file."""
-        size = self.driver.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
-        shot = self.driver.execute_cdp_cmd(
-            "Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip}
-        )
-        data = b64decode(shot["data"])
-        path.write_bytes(data)
-        return data
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if CHROMIUM is None or CHROMEDRIVER is None:
-        missing = "no chromium with its chromedriver; .ci/install-browser installs them"
-        if os.environ.get("CI") == "true":
-            pytest.fail(missing)
-        pytest.skip(missing)
-    started = Browser(tmp_path_factory.mktemp("profile"))
-    yield started
-    started.driver.quit()
-
-
-@pytest.fixture(scope="session")
-def screenshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where screenshots are kept: SHADOWMMU_SCREENSHOTS, or a temporary folder."""
-    chosen = os.environ.get("SHADOWMMU_SCREENSHOTS")
-    folder = Path(chosen) if chosen else tmp_path_factory.mktemp("screenshots")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

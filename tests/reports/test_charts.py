@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shadowmmu.reports.charts import (
+    PALETTE,
     Bar,
     Chart,
     Estimate,
@@ -58,6 +59,27 @@ def test_a_picture_is_complete_and_the_same_each_time(chart: Chart) -> None:
     assert "NaN" not in svg and "href" not in svg
 
 
+def luminance(colour: str) -> float:
+    """Of #rrggbb, as WCAG 2 defines it."""
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    red, green, blue = (
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+    )
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize("colour", PALETTE)
+@pytest.mark.parametrize("ground, contrast", [("#ffffff", 2.2), ("#0d1117", 2.9)])
+def test_every_colour_is_seen_by_day_and_by_night(colour: str, ground: str, contrast: float) -> None:
+    light, dark = sorted((luminance(colour), luminance(ground)), reverse=True)
+    assert (light + 0.05) / (dark + 0.05) >= contrast
+
+
+def test_names_have_colours_of_their_own() -> None:
+    spec = to_spec(stacked([Bar("a", 1, str(part)) for part in range(len(PALETTE))], "cycles"), "Cycles")
+    assert len(set(spec["encoding"]["color"]["scale"]["range"])) == len(PALETTE)
+
+
 def test_names_with_line_ends_do_not_reach_vegas_expressions() -> None:
     spec = to_spec(bars([Bar("a\u2028b\nc", 1)], "exits"), "Exits")
     assert spec["encoding"]["y"]["sort"] == ["a b c"]
@@ -90,6 +112,14 @@ def test_bins_share_all_values_among_them(values: list[int]) -> None:
     assert all(one.low < one.high for one in distribution.bins)
     assert distribution.bins[0].low <= max(1, min(values))
     assert distribution.bins[-1].high > max(values)
+
+
+@settings(max_examples=30)
+@given(st.lists(st.integers(0, 1000), min_size=1, max_size=50))  # which the histogram does not round
+def test_a_bin_has_the_share_of_the_values_within_it(values: list[int]) -> None:
+    for one in decode_distribution(encoded(values)).bins:
+        within = sum(one.low <= max(1, value) < one.high for value in values)
+        assert one.share == pytest.approx(within / len(values))
 
 
 @pytest.mark.parametrize("text", ["", "HISTOGRAM", "HISTFAAAACF42pNpmSzMwMDAxAAB", "\u2603" * 20])

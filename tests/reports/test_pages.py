@@ -1,16 +1,30 @@
 """What reports say, and what becomes of folders that have nothing to say."""
 
+import itertools
 import json
 import os
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from shadowmmu.coordinator import decode_report
 from shadowmmu.reports import page_of, render_html
-from shadowmmu.reports.page import Absent, Commands, Drawing, Figure, Page, Paragraph, Table, Tone
+from shadowmmu.reports.page import (
+    Absent,
+    Commands,
+    Drawing,
+    Figure,
+    Markdown,
+    Page,
+    Paragraph,
+    Section,
+    Table,
+    Tone,
+)
 from shadowmmu.reports.run_command import stress_command
 from tests.reports.conftest import command, edit
 
@@ -70,6 +84,30 @@ class TestRun:
         (section,) = (one for one in page.sections if one.id == "violation")
         (drawing,) = (part for part in section.parts if isinstance(part, Drawing))
         assert drawing.svg.startswith("<svg") and "vCPU 1" in drawing.text
+
+    def test_of_a_long_list_in_an_event_the_beginning_is_shown(self, violated: Path, copy: Copy) -> None:
+        folder = copy(violated)
+        violation = json.loads((folder / "report.json").read_text())["violation"]
+        event = {
+            "index": 29_715,
+            "type": "DirtyLogRead",
+            "note": "the answer",
+            "fields": {"gfns": list(range(500))},
+        }
+        edit(folder, violation=violation | {"related": [event]})
+        (row,) = table(page_of(folder), "violation", "Earlier events")
+        assert row[:3] == ["29,715", "DirtyLogRead", "the answer"]
+        assert row[3] == "gfns=[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, ... 500 in all]"
+
+    def test_why_a_run_was_stopped_is_said_once(self, passed: Path, copy: Copy) -> None:
+        folder = copy(passed)
+        edit(
+            folder,
+            verdict="unknown",
+            text="interrupted by SIGINT",
+            problems=["interrupted by SIGINT", "lost"],
+        )
+        assert said(page_of(folder), "summary") == "interrupted by SIGINT\nProblem: lost"
 
     def test_bypass_guest_pf_is_told_of_the_kernel_that_has_it(self, pre_patch: Path, passed: Path) -> None:
         rows = {row[0] for row in table(page_of(pre_patch), "page-faults", "bypass_guest_pf on")}
@@ -131,6 +169,27 @@ class TestComparison:
         assert {row[4] for row in rows} == {"1.00x"}
         assert "the same, to the digest" in said(page, "against")
 
+    def test_of_many_parameters_no_lines_are_drawn_that_cannot_be_told_apart(
+        self, sweep: Path, copy: Copy
+    ) -> None:
+        folder = copy(sweep)
+        header = json.loads((folder / "sweep.json").read_text())
+        header["spec"]["grid"] = {
+            "vpid": [True, False],
+            "vcpus": [1],
+            "memory_pages": list(range(4096, 4106)),
+        }
+        (folder / "sweep.json").write_text(json.dumps(header))
+        table = pl.read_parquet(folder / "results.parquet").head(1)
+        points = [
+            table.with_columns(vpid=pl.lit(on), memory_pages=pl.lit(pages), point=pl.lit(place, pl.Int64))
+            for place, (on, pages) in enumerate(itertools.product((True, False), range(4096, 4106)))
+        ]
+        pl.concat(points).write_parquet(folder / "results.parquet")
+        page = page_of(folder, folder)
+        assert "its 20 lines could not be told apart" in said(page, "against")
+        assert figures(page, "against") == []
+
     def test_of_different_kinds_is_refused(self, passed: Path, sweep: Path) -> None:
         status, output = command("report", passed, "--against", sweep)
         assert status == 64
@@ -141,7 +200,8 @@ def test_a_virtual_time_run_shows_where_its_cycles_went(simulated: Path, simulat
     result = json.loads((simulated / "simulation.json").read_text())["result"]
     page = page_of(simulated, simulated_wider)
     rows = {row[0]: row[1] for row in table(page, "causes", "Cycles by cause")}
-    assert rows == {name.replace("_", " "): f"{cycles:,}" for name, cycles in result["causes"].items()}
+    words = {name: name.replace("_", " ").replace("tlb", "TLB") for name in result["causes"]}
+    assert rows == {words[name]: f"{cycles:,}" for name, cycles in result["causes"].items()}
     assert figures(page, "causes") == ["Time of all vCPUs by cause", "Time of each vCPU by cause"]
     assert table(page, "against", "Differences of the configurations")[0][0] == "vcpus"
 
@@ -162,6 +222,37 @@ def test_a_sweep_without_results_says_so(sweep: Path, copy: Copy) -> None:
     assert page.badge is not None and page.badge.text == "incomplete"
     assert "No run has ended yet" in said(page, "runs")
     assert render_html(page)
+
+
+class TestAnswer:
+    def test_if_every_run_has_failed_there_is_none(self, sweep: Path, copy: Copy) -> None:
+        folder = copy(sweep)
+        table_ = pl.read_parquet(folder / "results.parquet")
+        failed = table_.with_columns(status=pl.lit("failed"), error=pl.lit("no"), traceback=pl.lit("no"))
+        failed.write_parquet(folder / "results.parquet")
+        page = page_of(folder)
+        assert page.badge is not None and page.badge.text == "8 failed"
+        assert "No run has succeeded" in said(page, "answer")
+        assert len(table(page, "failures", "Runs that failed")) == 8
+
+    @pytest.mark.parametrize("analysis", ["no-such", "../os", "fork-scaling"])
+    def test_an_analysis_that_is_not_for_this_table_is_said_to_be_so(
+        self, analysis: str, sweep: Path, copy: Copy
+    ) -> None:
+        folder = copy(sweep)
+        header = json.loads((folder / "sweep.json").read_text())
+        header["spec"]["analysis"] = analysis
+        (folder / "sweep.json").write_text(json.dumps(header))
+        assert "The analysis cannot be made" in said(page_of(folder), "answer")
+
+    def test_its_links_lead_only_to_where_a_single_file_can_lead(self) -> None:
+        words = Markdown("[a page](fork.md), [a site](https://example.org/), [a trap](javascript:1)")
+        written = render_html(
+            Page(title="", subtitle="", badge=None, sections=[Section("a", "A", [words])], foot="")
+        )
+        assert "<span>a page</span>" in written
+        assert '<a href="https://example.org/">a site</a>' in written
+        assert 'href="javascript' not in written
 
 
 class TestFile:
@@ -226,6 +317,27 @@ class TestDamage:
             status, output = command("report", tmp_path / folder)
             assert status == 64
             assert words in output
+
+    @pytest.mark.parametrize("column, value", [("point", "x"), ("iteration_cycles", [1, 2])])
+    def test_a_table_of_a_sweep_with_values_of_other_types(
+        self, column: str, value: object, sweep: Path, copy: Copy
+    ) -> None:
+        folder = copy(sweep)
+        table = pl.read_parquet(folder / "results.parquet").with_columns(pl.lit(value).alias(column))
+        table.write_parquet(folder / "results.parquet")
+        status, output = command("report", folder)
+        assert status == 64
+        assert "results.parquet" in output
+
+    def test_a_folder_whose_name_is_no_text(self, passed: Path, tmp_path: Path) -> None:
+        folder = shutil.copytree(passed, tmp_path / os.fsdecode(b"na\xffme"))
+        assert command("report", folder)[0] == 0
+        assert "Run na?me" in (folder / "report.html").read_text(encoding="utf-8")
+
+    def test_a_pipe_instead_of_a_reproduction_is_not_waited_for(self, passed: Path, copy: Copy) -> None:
+        folder = copy(passed)
+        os.mkfifo(folder / "x.repro")
+        assert "is not a file" in said(page_of(folder), "violation")
 
     def test_a_pipe_is_not_waited_for(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "report.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -46,4 +47,4 @@ def report(
         target.write_text(render_html(page), encoding="utf-8")
     except OSError as error:
         raise bad_value("--output", f"{target}: {error.strerror}") from error
-    typer.echo(str(target))
+    typer.echo(os.fsencode(target))  # names of files need not be text

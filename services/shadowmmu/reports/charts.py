@@ -2,8 +2,8 @@
 
 A builder takes plain values and gives an Altair chart without size or colours of the ground. `to_spec` makes of it the
 specification that a page draws (as wide as its place, text and lines coloured by the page's style sheet), `to_svg` a
-picture for a document. The palette is that of Okabe and Ito, which colour-blind people can tell apart, without its
-yellow and black.
+picture for a document. The palette begins with that of Okabe and Ito, which colour-blind people can tell apart, without
+its yellow and black; after them come those that are farthest from all before, as they see them.
 """
 
 from __future__ import annotations
@@ -45,12 +45,11 @@ Chart = (
     | alt.VConcatChart
 )
 
-PALETTE: Final = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C8C")
-_MANY: Final = (
-    *("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77"),
-    *("#CC6677", "#882255", "#AA4499", "#8C8C8C", "#BBBBBB", "#E69F00"),
+PALETTE: Final = (
+    *("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C8C"),
+    *("#9B18F2", "#BF1336", "#4DBF63", "#B861F2", "#4B6373"),
 )
-"""For more names than the palette has: Tol's muted colours, greys, and one more."""
+"""All can be seen on a light ground and on a dark one."""
 _FONT: Final = "Liberation Sans, Arial, Helvetica, sans-serif"
 """vl-convert brings the first with it: so a picture has the same bytes on every machine."""
 _SVG_WIDTH: Final = 640
@@ -98,6 +97,9 @@ _CONFIG: Final[dict[str, Any]] = {
     "mark": {"color": PALETTE[0]},
 }
 
+_ZERO_HAS_NO_UNIT: Final = "replace(datum.label, regexp('^0[a-zA-Zµ]$'), '0')"
+"""An axis of thousands begins with 0, and not with 0k."""
+
 
 class Bar(msgspec.Struct, frozen=True):
     """A named quantity. `part`: which part of the name's bar, in a stacked chart."""
@@ -130,7 +132,9 @@ def to_spec(chart: Chart, title: str) -> dict[str, Any]:
 
     `title`: what screen readers say that it is.
     """
-    return _spec(chart, width="container", background="transparent") | {"description": title}
+    spec = _spec(chart, width="container", background="transparent") | {"description": title}
+    axis = _CONFIG["axis"] | {"labelExpr": _ZERO_HAS_NO_UNIT}
+    return spec | {"config": _CONFIG | {"axis": axis}}
 
 
 def has_panels(chart: Chart) -> bool:
@@ -195,8 +199,7 @@ def _ordered(names: Sequence[str]) -> list[str]:
 def _colours(field: str, names: Sequence[str]) -> alt.Color:
     """A colour for each name; no legend where there is but one."""
     known = _ordered(names)
-    palette = PALETTE if len(known) <= len(PALETTE) else _MANY
-    scale = alt.Scale(domain=known, range=[palette[place % len(palette)] for place in range(len(known))])
+    scale = alt.Scale(domain=known, range=[PALETTE[place % len(PALETTE)] for place in range(len(known))])
     return alt.Color(
         f"{field}:N", scale=scale, legend=alt.Legend(symbolOpacity=1) if len(known) > 1 else None
     )
@@ -281,7 +284,13 @@ def percentiles(curves: Sequence[tuple[str, Distribution]], title: str) -> Chart
                 "rarity:Q",
                 title="percentile of all values",
                 scale=alt.Scale(type="log", nice=False),
-                axis=alt.Axis(values=ticks, labelExpr="format(1 - 1 / datum.value, '~%')", grid=False),
+                axis=alt.Axis(
+                    values=ticks,
+                    labelExpr="format(1 - 1 / datum.value, '~%')",
+                    labelOverlap="greedy",
+                    labelSeparation=4,
+                    grid=False,
+                ),
             ),
             y=alt.Y(
                 "value:Q",
@@ -301,9 +310,9 @@ def percentiles(curves: Sequence[tuple[str, Distribution]], title: str) -> Chart
 
 
 def density(curves: Sequence[tuple[str, Distribution]], title: str) -> Chart:
-    """How values are spread: the share of them per doubling of the value, on a logarithmic axis."""
+    """How values are spread: the share of them in each bin, on a logarithmic axis."""
     values = [
-        {"line": name, "low": bin_.low, "high": bin_.high, "share": bin_.share, "density": bin_.per_doubling}
+        {"line": name, "low": bin_.low, "high": bin_.high, "share": bin_.share}
         for name, one in curves
         for bin_ in one.bins
     ]
@@ -317,8 +326,8 @@ def density(curves: Sequence[tuple[str, Distribution]], title: str) -> Chart:
         ),
         x2="high:Q",
         y=alt.Y(
-            "density:Q",
-            title="share of values per doubling",
+            "share:Q",
+            title="share of values",
             axis=alt.Axis(format="~%", tickCount=5),
             scale=alt.Scale(zero=True),
         ),

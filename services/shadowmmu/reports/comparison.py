@@ -24,7 +24,7 @@ from shadowmmu.reports.page import (
     code,
     number,
     ratio,
-    text,
+    shown,
 )
 
 __all__ = ["Names", "counters_side_by_side", "differences"]
@@ -57,9 +57,9 @@ class Names(msgspec.Struct, frozen=True):
 def differences(first: Mapping[str, object], second: Mapping[str, object], names: Names) -> list[Part]:
     """Named settings that are not the same on both sides; one that a side does not have is shown as "-"."""
     rows = [
-        [code(name), text(str(first.get(name, "-"))), text(str(second.get(name, "-")))]
+        [code(name), shown(first.get(name)), shown(second.get(name))]
         for name in dict.fromkeys([*first, *second])
-        if first.get(name, "-") != second.get(name, "-")
+        if first.get(name) != second.get(name)
     ]
     if not rows:
         return [Paragraph("Their configurations are the same.")]

@@ -9,7 +9,6 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate, count
-from math import log2
 from typing import Final
 
 import msgspec
@@ -35,12 +34,11 @@ class CurvePoint(msgspec.Struct, frozen=True):
 
 
 class Bin(msgspec.Struct, frozen=True):
-    """Values from `low` to below `high`: their `share` of all (0 to 1), also `per_doubling` of the value."""
+    """Values from `low` to below `high`: their `share` of all (0 to 1)."""
 
     low: int
     high: int
     share: float
-    per_doubling: float
 
 
 class Distribution(msgspec.Struct, frozen=True):
@@ -91,7 +89,7 @@ def _bins(recorded: Sequence[tuple[int, int]]) -> list[Bin]:
     total = sum(counts)
     first = next(place for place, times in enumerate(counts) if times)
     return [
-        Bin(low, high, times / total, times / total / log2(high / low))
+        Bin(low, high, times / total)
         for low, high, times in zip(edges[first:-1], edges[first + 1 :], counts[first:], strict=True)
     ]
 

@@ -30,6 +30,7 @@ __all__ = [
     "code",
     "number",
     "ratio",
+    "shown",
     "table",
     "text",
 ]
@@ -169,7 +170,18 @@ def number(value: float | None, places: int | None = None, tone: Tone | None = N
         return Cell(f"{value:,}", float(value), tone)
     if places is None and abs(value) >= _NO_FRACTION:
         places = 0
-    return Cell(f"{value:,.{places}f}" if places is not None else f"{value:.5g}", value, tone)
+    return Cell(f"{value:,.{places}f}" if places is not None else f"{value:,.5g}", value, tone)
+
+
+def shown(value: object) -> Cell:
+    """A setting or a measurement of whatever type; None is no value."""
+    match value:
+        case bool():
+            return text("on" if value else "off")
+        case None | int() | float():
+            return number(value)
+        case _:
+            return text(str(value))
 
 
 def ratio(value: float | None) -> Cell:
@@ -184,7 +196,7 @@ def table(
     columns: Sequence[str],
     rows: Sequence[Sequence[Cell]],
     *,
-    numbers: Sequence[int] = (1,),
+    numbers: Sequence[int],
     search: bool = False,
     folded: bool = False,
 ) -> Table:

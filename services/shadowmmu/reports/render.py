@@ -24,16 +24,20 @@ __all__ = ["render_html"]
 
 
 def render_html(page: Page) -> str:
-    """The page's HTML document. Texts of the page are escaped; its scripts are the same for all pages."""
+    """The page's HTML document. Texts of the page are escaped; its scripts are the same for all pages.
+
+    File names that are no UTF-8 have question marks instead of what has no character.
+    """
     has_charts = any(isinstance(part, Figure) for section in page.sections for part in section.parts)
     scripts = [_vega_bundle(), _resource("page.js")] if has_charts else [_resource("page.js")]
     template = _environment().get_template("page.html.j2")
-    return template.render(
+    document = template.render(
         page=page,
         style=Markup(_resource("style.css")),  # noqa: S704 - a file of this package
         scripts=[Markup(script) for script in scripts],  # noqa: S704 - likewise, and Vega
         policy=_policy(scripts),
     )
+    return document.encode("utf-8", "replace").decode("utf-8")
 
 
 @cache
@@ -57,9 +61,17 @@ def _data_url(svg: str) -> str:
 
 
 def _markdown(text: str) -> Markup:
-    """Markdown as HTML: with tables, without HTML of the text's own, without pictures from elsewhere."""
+    """Markdown as HTML: with tables, without HTML of the text's own, without pictures and files from elsewhere."""
     parser = MarkdownIt("commonmark", {"html": False}).enable("table").disable("image")
-    return Markup(parser.render(text))  # noqa: S704 - the parser has escaped it
+    tokens = parser.parse(text)
+    for token in tokens:
+        relative = False
+        for child in token.children or ():
+            if child.type == "link_open":
+                relative = "://" not in str(child.attrs["href"])
+            if relative and child.type in ("link_open", "link_close"):
+                child.tag, child.attrs = "span", {}
+    return Markup(parser.renderer.render(tokens, parser.options, {}))  # noqa: S704 - the parser has escaped it
 
 
 def _resource(name: str) -> str:

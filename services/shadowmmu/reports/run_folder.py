@@ -18,7 +18,7 @@ from shadowmmu.coordinator.report import REPORT_NAME, RunReport, decode_report
 from shadowmmu.explorer.diagram import draw
 from shadowmmu.explorer.diagram_svg import render_svg
 from shadowmmu.explorer.diagram_text import render_text
-from shadowmmu.explorer.repro import REPRO_SUFFIX, ReproError, load_repro, replay_repro
+from shadowmmu.explorer.repro import REPRO_SUFFIX, ReproError, decode_repro, replay_repro
 from shadowmmu.machine import JOURNAL_NAME
 from shadowmmu.reports.errors import ReportError
 
@@ -102,10 +102,10 @@ def _chaos(path: Path) -> ChaosReport | str | None:
 
 def _reproduction(path: Path) -> Reproduction:
     try:
-        repro = load_repro(path)
+        repro = decode_repro(read_small_file(path), path.name)
         replayed = replay_repro(repro)
         diagram = draw(repro.scenario, repro.profile, replayed.followed.ending.schedule)
-    except (ReproError, OSError, RecursionError) as error:
+    except (ReportError, ReproError, RecursionError) as error:
         return Reproduction(path.name, problem=str(error))
     failure = replayed.failure or repro.failure
     return Reproduction(

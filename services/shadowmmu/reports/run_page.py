@@ -1,6 +1,7 @@
 """The page of a run: what it was, its verdict, and everything that report.json says. Pure.
 
-`run_page` puts sections together; some have a module of their own (`run_violation`, `run_comparison`, `run_series`).
+`run_page` puts sections together; some have a module of their own (`run_violation`, `run_comparison`, `run_series`,
+`run_members`).
 """
 
 from __future__ import annotations
@@ -10,13 +11,12 @@ from typing import Final
 
 import msgspec
 
-from shadowmmu.coordinator.chaos_report import ChaosReport
 from shadowmmu.coordinator.coverage import Frequency, OutcomeCoverage, PointCoverage
-from shadowmmu.coordinator.report import RecoveryReport, RunReport
+from shadowmmu.coordinator.report import RunReport
 from shadowmmu.protocol.messages import RunConfig, Verdict
 from shadowmmu.reports.charts import Bar, bars, to_spec
 from shadowmmu.reports.comparison import Names
-from shadowmmu.reports.figures import distribution_figures, quantity
+from shadowmmu.reports.measurements import counter_table, distribution_figures, quantity
 from shadowmmu.reports.page import (
     Absent,
     Cell,
@@ -31,12 +31,14 @@ from shadowmmu.reports.page import (
     Tone,
     code,
     number,
+    shown,
     table,
     text,
 )
 from shadowmmu.reports.run_command import stress_command
 from shadowmmu.reports.run_comparison import comparison_section
 from shadowmmu.reports.run_folder import RunFolder
+from shadowmmu.reports.run_members import chaos_parts, member_parts
 from shadowmmu.reports.run_series import series_parts
 from shadowmmu.reports.run_violation import violation_section
 
@@ -45,6 +47,12 @@ __all__ = ["VERDICT_TONES", "run_page"]
 VERDICT_TONES: Final = {Verdict.PASS: Tone.GOOD, Verdict.VIOLATED: Tone.BAD, Verdict.UNKNOWN: Tone.WARN}
 _FREQUENCY_ORDER: Final = {Frequency.NEVER: 0, Frequency.SOMETIMES: 1, Frequency.ALWAYS: 2}
 _DEFAULTS: Final = msgspec.to_builtins(RunConfig())
+
+_START_RULES: Final = {
+    "expected": "(as many as were expected)",
+    "stable": "(as many as had come)",
+    "deadline": "(as many as had come in time)",
+}
 
 
 def run_page(run: RunFolder, against: RunFolder | None = None) -> Page:
@@ -64,10 +72,10 @@ def run_page(run: RunFolder, against: RunFolder | None = None) -> Page:
             "latencies", "Latencies", _latencies(report, None if against is None else against.report, names)
         ),
         Section("series", "Over time", series_parts(report)),
-        Section("members", "Members", _members(report)),
+        Section("members", "Members", member_parts(report)),
     ]
     if run.chaos is not None:
-        sections.append(Section("chaos", "Faults put in", _chaos(run.chaos)))
+        sections.append(Section("chaos", "Faults put in", chaos_parts(run.chaos)))
     return Page(
         title=f"Run {run.path.resolve().name}" + ("" if names is None else f" against {names.other}"),
         subtitle=_subtitle(report),
@@ -92,9 +100,9 @@ def _subtitle(report: RunReport) -> str:
 def _summary(run: RunFolder) -> Section:
     report = run.report
     seconds, stream = report.seconds, report.stream
-    start = "" if report.start_rule is None else f" ({report.start_rule})"
+    start = _START_RULES.get(report.start_rule or "", "")
     facts = [
-        ("virtual CPUs", text(f"{report.vcpus}{start}")),
+        ("virtual CPUs", text(f"{report.vcpus} {start}".rstrip())),
         ("guest instructions", number(report.counters.get("vcpu.instructions"))),
         ("running", text(f"{seconds.running:,.1f} s")),
         ("waiting before, draining after", text(f"{seconds.waiting:,.1f} s, {seconds.draining:,.1f} s")),
@@ -106,7 +114,8 @@ def _summary(run: RunFolder) -> Section:
         ("digest of the journal", code(stream.journal_digest or "not told")),
     ]
     parts: list[Part] = [Paragraph(report.text, VERDICT_TONES[report.verdict])]
-    parts += [Paragraph(f"Problem: {problem}", Tone.WARN) for problem in report.problems]
+    others = [problem for problem in report.problems if problem != report.text]
+    parts += [Paragraph(f"Problem: {problem}", Tone.WARN) for problem in others]
     parts += [Paragraph(f"Note: {note}") for note in report.notes]
     parts += [Facts(facts), Commands(_commands(run)), _config_table(report.config)]
     if report.throughput:
@@ -119,6 +128,7 @@ def _summary(run: RunFolder) -> Section:
                 "Throughput of the simulator (wall clock)",
                 ["", "per second"],
                 [[text(a), b] for a, b in rows],
+                numbers=(1,),
             )
         )
     return Section("summary", "Summary", parts)
@@ -153,24 +163,12 @@ def _config_table(config: RunConfig) -> Table:
     rows = [
         [
             code(name),
-            _value(value),
-            text("" if value == _DEFAULTS[name] else f"default: {_value(_DEFAULTS[name]).text}", Tone.DIM),
+            shown(value),
+            text("" if value == _DEFAULTS[name] else f"default: {shown(_DEFAULTS[name]).text}", Tone.DIM),
         ]
         for name, value in msgspec.to_builtins(config).items()
     ]
-    return table("Configuration", ["field", "value", ""], rows, folded=True)
-
-
-def _value(value: object) -> Cell:
-    match value:
-        case None:
-            return text("none", Tone.DIM)
-        case bool():
-            return text("on" if value else "off")
-        case int() | float():
-            return number(value)
-        case _:
-            return text(str(value))
+    return table("Configuration", ["field", "value", ""], rows, numbers=(), folded=True)
 
 
 # --- coverage --------------------------------------------------------------------------------------------------------
@@ -266,21 +264,7 @@ def _counters(report: RunReport) -> list[Part]:
         title = "Guest exits by reason"
         values = [Bar(name, n) for name, n in sorted(exits.items(), key=lambda item: (-item[1], item[0]))]
         parts.append(Figure(title=title, spec=to_spec(bars(values, "exits"), title), wide=True))
-    instructions = counters.get("vcpu.instructions", 0)
-    rows = [
-        [code(name), number(value), number(1000 * value / instructions if instructions else None, 3)]
-        for name, value in sorted(counters.items())
-    ]
-    parts.append(
-        table(
-            "All counters",
-            ["counter", "value", "per 1,000 instructions"],
-            rows,
-            numbers=(1, 2),
-            search=True,
-            folded=True,
-        )
-    )
+    parts.append(counter_table(counters))
     return parts
 
 
@@ -335,101 +319,4 @@ def _latencies(report: RunReport, other: RunReport | None, names: Names | None) 
         if other is not None and names is not None and name in other.histograms:
             runs.append((names.other, other.histograms[name].encoded))
         parts += distribution_figures(name, runs)
-    return parts
-
-
-# --- members, faults -------------------------------------------------------------------------------------------------
-
-
-def _members(report: RunReport) -> list[Part]:
-    parts: list[Part] = []
-    if report.members:
-        rows = [
-            [
-                number(one.member),
-                text(one.role.value),
-                text(one.name),
-                number(one.vcpu),
-                text(
-                    "yes" if one.reported else "no: last progress only", None if one.reported else Tone.WARN
-                ),
-                number(one.counters.get("vcpu.instructions")),
-                code(", ".join(f"{name}={value}" for name, value in sorted(one.info.items()))),
-            ]
-            for one in report.members
-        ]
-        columns = ["member", "role", "name", "vCPU", "reported", "instructions", "said of itself"]
-        parts.append(table("Processes of the run", columns, rows, numbers=(0, 3, 5)))
-    else:
-        why = "it was one process" if report.mode == "in-process" else "nobody had joined"
-        parts.append(Absent(f"The run has no members: {why}."))
-    if report.recoveries:
-        columns = ["member", "role", "name", "vCPU", "missed at, s", "for, s", "came back", "why"]
-        rows = [_recovery_row(one) for one in report.recoveries]
-        parts.append(table("Members that were absent for a time", columns, rows, numbers=(0, 3, 4, 5)))
-    if report.lost:
-        rows = [
-            [
-                number(one.member),
-                text(one.role.value),
-                text(one.name),
-                number(one.vcpu),
-                text("before the start") if one.seconds is None else number(one.seconds, 1),
-                text(one.reason, Tone.WARN),
-            ]
-            for one in report.lost
-        ]
-        columns = ["member", "role", "name", "vCPU", "given up at, s", "why"]
-        parts.append(table("Members that were given up", columns, rows, numbers=(0, 3, 4)))
-    if report.members and not report.recoveries and not report.lost:
-        parts.append(Paragraph("Nobody was missed."))
-    return parts
-
-
-def _recovery_row(one: RecoveryReport) -> list[Cell]:
-    if one.back is None:
-        back = text("no", Tone.WARN)
-    else:
-        back = text("as itself" if one.replaced_by is None else f"replaced by {one.replaced_by}")
-    return [
-        number(one.member),
-        text(one.role.value),
-        text(one.name),
-        number(one.vcpu),
-        number(one.lost, 1),
-        number(None if one.back is None else one.back - one.lost, 1),
-        back,
-        text(one.reason),
-    ]
-
-
-def _chaos(chaos: ChaosReport | str) -> list[Part]:
-    if isinstance(chaos, str):
-        return [Absent(chaos)]
-    parts: list[Part] = [Paragraph(f"Failed: {failure}", Tone.BAD) for failure in chaos.failures]
-    if not chaos.failures:
-        parts.append(Paragraph("Nothing was lost, nothing was executed twice.", Tone.GOOD))
-    parts.append(
-        Facts(
-            [
-                ("seed of the faults", number(chaos.seed)),
-                ("restarts", number(chaos.restarts)),
-                ("instructions lost", number(chaos.lost)),
-                ("executed twice", number(chaos.duplicated)),
-                ("hung", text("yes" if chaos.hung else "no")),
-            ]
-        )
-    )
-    rows = [
-        [
-            number(fault.at),
-            text(fault.target),
-            text(fault.kind + (f" for {fault.stopped_seconds:g} s" if fault.stopped_seconds else "")),
-            number(fault.seconds, 1),
-            text(fault.outcome),
-        ]
-        for fault in chaos.faults
-    ]
-    columns = ["due at instruction", "process", "fault", "happened at, s", "what came of it"]
-    parts.append(table("Faults", columns, rows, numbers=(0, 3)))
     return parts

@@ -11,12 +11,14 @@ from typing import Final
 
 from shadowmmu.coordinator.report import RunReport
 from shadowmmu.coordinator.series import POINTS_INTERRUPTED, POINTS_REACHED, Sample
-from shadowmmu.reports.charts import PALETTE, LinePoint, lines, to_spec
+from shadowmmu.reports.charts import LinePoint, lines, to_spec
 from shadowmmu.reports.page import Absent, Figure, Paragraph, Part
 
 __all__ = ["series_parts"]
 
 _X: Final = "seconds after the start"
+_MOST_REASONS: Final = 6
+"""Exits that have a line: more lines could not be told apart."""
 _Count = Callable[[Mapping[str, int]], int]
 
 
@@ -30,7 +32,7 @@ def series_parts(report: RunReport) -> list[Part]:
                 "second one."
             )
         ]
-    exits = _most_frequent(samples[-1].counters, "exits.", len(PALETTE) - 1)
+    exits = _most_frequent(samples[-1].counters, "exits.", _MOST_REASONS)
     parts: list[Part] = [
         Paragraph(
             "By the wall clock of the simulator, which also does other things: it says nothing about a kernel's speed."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from shadowmmu.coordinator.report import ViolationReport
 from shadowmmu.reports.page import (
     Absent,
@@ -19,6 +21,9 @@ from shadowmmu.reports.page import (
 from shadowmmu.reports.run_folder import Reproduction, RunFolder
 
 __all__ = ["violation_section"]
+
+_MOST_ITEMS: Final = 12
+"""Of a list in an event's field."""
 
 
 def violation_section(run: RunFolder) -> Section:
@@ -74,14 +79,26 @@ def _violation_parts(violation: ViolationReport) -> list[Part]:
                 number(one.index),
                 code(one.type),
                 text(one.note),
-                code(", ".join(f"{name}={value}" for name, value in one.fields.items())),
+                code(", ".join(f"{name}={_brief(value)}" for name, value in one.fields.items())),
             ]
             for one in violation.related
         ]
         parts.append(
-            table("Earlier events that matter, oldest first", ["event", "type", "why", "fields"], rows)
+            table(
+                "Earlier events that matter, oldest first",
+                ["event", "type", "why", "fields"],
+                rows,
+                numbers=(0,),
+            )
         )
     return parts
+
+
+def _brief(value: object) -> str:
+    """A field's value; of a long list, as a dirty log is, the beginning."""
+    if isinstance(value, list) and len(value) > _MOST_ITEMS:
+        return f"[{', '.join(map(str, value[:_MOST_ITEMS]))}, ... {len(value):,} in all]"
+    return str(value)
 
 
 def _reproduction(one: Reproduction) -> list[Part]:

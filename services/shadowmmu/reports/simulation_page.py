@@ -17,7 +17,7 @@ from shadowmmu.machine.timed_config import TimedResult
 from shadowmmu.reports.charts import Bar, LinePoint, lines, stacked, to_spec
 from shadowmmu.reports.comparison import Names, counters_side_by_side, differences
 from shadowmmu.reports.errors import ReportError
-from shadowmmu.reports.figures import distribution_figures, quantity
+from shadowmmu.reports.measurements import counter_table, distribution_figures, quantity
 from shadowmmu.reports.page import (
     Absent,
     Cell,
@@ -31,6 +31,7 @@ from shadowmmu.reports.page import (
     code,
     number,
     ratio,
+    shown,
     table,
     text,
 )
@@ -75,7 +76,7 @@ def simulation_page(run: SimulationFolder, against: SimulationFolder | None = No
         Section(
             "latencies", "Latencies", _latencies(one, None if against is None else against.simulation, names)
         ),
-        Section("counters", "Counters", [_counters(one.result.counters)]),
+        Section("counters", "Counters", _counters(one.result)),
         Section("costs", "Cost model", [_costs(one)]),
     ]
     config = one.config
@@ -92,7 +93,7 @@ def simulation_page(run: SimulationFolder, against: SimulationFolder | None = No
 
 
 def _microseconds(cycles: float, simulation: Simulation) -> str:
-    return f"{cycles / (simulation.ghz * 1e3):,.1f} us" if simulation.ghz > 0 else "-"
+    return f"{cycles / (simulation.ghz * 1e3):,.1f} µs" if simulation.ghz > 0 else "-"
 
 
 def _summary(one: Simulation) -> list[Part]:
@@ -116,7 +117,7 @@ def _summary(one: Simulation) -> list[Part]:
         ("digest of the result", code(result.digest)),
         ("steps of the simulator", number(result.steps)),
     ]
-    rows = [[code(name), text(str(value))] for name, value in _settings(one).items()]
+    rows = [[code(name), shown(value)] for name, value in _settings(one).items()]
     return [Facts(facts), table("Configuration", ["parameter", "value"], rows, numbers=(), folded=True)]
 
 
@@ -144,7 +145,7 @@ def _settings(one: Simulation) -> dict[str, object]:
 
 
 def _words(cause: str) -> str:
-    return cause.replace("_", " ")
+    return cause.replace("_", " ").replace("tlb", "TLB")
 
 
 def _causes(result: TimedResult) -> list[Part]:
@@ -217,7 +218,9 @@ def _latencies(one: Simulation, other: Simulation | None, names: Names | None) -
         for name, it in latencies.items()
     ]
     columns = ["", "count", "mean", "50 %", "99 %", "largest"]
-    parts: list[Part] = [table("Latencies", columns, rows, numbers=range(1, 6))]
+    parts: list[Part] = [
+        table("Latencies (percentiles count a wait of 0 cycles as 1)", columns, rows, numbers=range(1, 6))
+    ]
     for name, it in latencies.items():
         runs = [("this run" if names is None else names.this, it.encoded)]
         if other is not None and names is not None and name in other.result.latencies:
@@ -226,22 +229,14 @@ def _latencies(one: Simulation, other: Simulation | None, names: Names | None) -
     return parts
 
 
-def _counters(counters: Mapping[str, int]) -> Part:
-    if not counters:
-        return Absent("The run has no counters.")
-    instructions = counters.get("vcpu.instructions", 0)
-    rows = [
-        [code(name), number(value), number(1000 * value / instructions if instructions else None, 3)]
-        for name, value in sorted(counters.items())
-    ]
-    columns = ["counter", "value", "per 1,000 instructions"]
-    return table("All counters", columns, rows, numbers=(1, 2), search=True, folded=True)
+def _counters(result: TimedResult) -> list[Part]:
+    return [counter_table(result.counters)] if result.counters else [Absent("The run has no counters.")]
 
 
 def _costs(one: Simulation) -> Part:
     rows = [[code(name), number(cycles)] for name, cycles in _flat_costs(one).items()]
     caption = f"Cycles per occurrence, {one.cost_model} (its file names the sources)"
-    return table(caption, ["what", "cycles"], rows, search=True, folded=True)
+    return table(caption, ["what", "cycles"], rows, numbers=(1,), search=True, folded=True)
 
 
 def _against(this: Simulation, other: Simulation, names: Names) -> list[Part]:

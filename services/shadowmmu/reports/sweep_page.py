@@ -14,11 +14,11 @@ from typing import Any, Final
 
 import polars as pl
 
-from shadowmmu.experiments.findings import Findings, FindingsError, findings_of
+from shadowmmu.experiments.findings import FindingsError, findings_of
 from shadowmmu.experiments.results import HEADER_NAME, TABLE_NAME, SweepFolder, SweepFolderError, open_sweep
 from shadowmmu.experiments.statistics import summary
 from shadowmmu.experiments.table import RESERVED, Status
-from shadowmmu.reports.charts import Estimate, estimates, has_panels, to_spec
+from shadowmmu.reports.charts import PALETTE, Estimate, estimates, has_panels, to_spec
 from shadowmmu.reports.comparison import Names, differences
 from shadowmmu.reports.errors import ReportError
 from shadowmmu.reports.page import (
@@ -37,6 +37,7 @@ from shadowmmu.reports.page import (
     code,
     number,
     ratio,
+    shown,
     text,
 )
 
@@ -47,6 +48,7 @@ _MOST_ROWS: Final = 2000
 _MOST_COLUMNS: Final = 40
 _MOST_METRICS: Final = 8
 """Compared between two sweeps that declare no plots."""
+_TIMES: Final = ("iteration_cycles", "cycles")
 
 
 def read_sweep(path: Path) -> SweepFolder:
@@ -58,6 +60,11 @@ def read_sweep(path: Path) -> SweepFolder:
         raise ReportError(str(error)) from error
     except RecursionError as error:
         raise ReportError(f"{path / HEADER_NAME} is damaged: {error}") from error
+    except (TypeError, ValueError) as error:
+        what = str(error).partition("\n")[0]
+        raise ReportError(
+            f"{path / TABLE_NAME} has values that are not of its columns' types: {what}"
+        ) from error
     return sweep
 
 
@@ -65,12 +72,8 @@ def sweep_page(sweep: SweepFolder, against: SweepFolder | None = None) -> Page:
     """The page of a sweep; with another one, also the ratios at the points that both have."""
     table, failures = sweep.table(), sweep.failures()
     names = None if against is None else Names.of(sweep.path, against.path)
-    try:
-        findings, why = findings_of(sweep), ""
-    except (FindingsError, pl.exceptions.PolarsError) as error:
-        findings, why = None, f"The analysis cannot be made: {error}"
     sections = [_summary(sweep, table, failures)]
-    sections.append(Section("answer", "Answer", _answer(findings, why)))
+    sections.append(Section("answer", "Answer", _answer(sweep, table)))
     if against is not None and names is not None:
         sections.append(Section("against", f"Against {names.other}", _against(sweep, against, names)))
     sections += [
@@ -106,7 +109,7 @@ def _summary(sweep: SweepFolder, table: pl.DataFrame, failures: pl.DataFrame) ->
                 ("failed", number(failures.height, tone=Tone.WARN if failures.height else None)),
                 ("kind", text(spec.kind.value)),
                 ("replicates of each point", number(spec.replicates)),
-                ("seed", number(spec.seed)),
+                ("seed", code(str(spec.seed))),
                 (
                     "seeds of replicates",
                     text("the same at all points" if spec.common_random_numbers else "all distinct"),
@@ -128,14 +131,22 @@ def _summary(sweep: SweepFolder, table: pl.DataFrame, failures: pl.DataFrame) ->
     return Section("summary", "Question", parts)
 
 
-def _answer(findings: Findings | None, why: str) -> list[Part]:
-    if findings is None:
-        return [Absent(why)]
+def _answer(sweep: SweepFolder, table: pl.DataFrame) -> list[Part]:
+    if _good(table).is_empty():
+        return [Absent("No run has succeeded: there is nothing that an answer could follow from.")]
+    try:
+        findings = findings_of(sweep)
+    except FindingsError as error:
+        return [Absent(f"The analysis cannot be made: {error}")]
+    except Exception as error:  # noqa: BLE001 - there are many ways to trip over a table of another experiment
+        what = str(error).partition("\n")[0]
+        return [Absent(f"The analysis cannot be made of this table: {type(error).__name__}: {what}")]
     parts: list[Part] = [Markdown(findings.answer)]
     if not findings.charts:
-        parts.append(Absent("The experiment's file declares no plots, or no run has succeeded."))
+        parts.append(Absent("No plots: the experiment's file declares none, or there are too few runs yet."))
+    # Beside one that is as wide as the page there would be a hole.
+    wide = len(findings.charts) == 1 or any(has_panels(chart) for _, chart in findings.charts)
     for title, chart in findings.charts:
-        wide = len(findings.charts) == 1 or has_panels(chart)
         parts.append(Figure(title=title, spec=to_spec(chart, title), wide=wide))
     parts += [table_of_frame(title, frame) for title, frame in findings.tables]
     return parts
@@ -146,17 +157,17 @@ def _design(sweep: SweepFolder) -> list[Part]:
     parts: list[Part] = []
     if spec.grid:
         rows = [
-            [code(name), text(", ".join(_cell(value).text for value in values)), number(len(values))]
+            [code(name), text(", ".join(shown(value).text for value in values)), number(len(values))]
             for name, values in spec.grid.items()
         ]
         columns = [Column("parameter"), Column("values"), Column("number of them", number=True)]
         parts.append(Table(caption="Varied: every combination", columns=columns, rows=rows))
     if spec.points:
         of_points = list(dict.fromkeys(name for point in spec.points for name in point))
-        rows = [[_cell(point.get(name)) for name in of_points] for point in spec.points]
+        rows = [[shown(point.get(name)) for name in of_points] for point in spec.points]
         parts.append(Table(caption="Points", columns=[Column(name) for name in of_points], rows=rows))
     if spec.fixed:
-        rows = [[code(name), _cell(value)] for name, value in spec.fixed.items()]
+        rows = [[code(name), shown(value)] for name, value in spec.fixed.items()]
         columns = [Column("parameter"), Column("value")]
         parts.append(Table(caption="The same at every point", columns=columns, rows=rows))
     return parts or [Absent("The experiment has no parameters: all runs are replicates of one point.")]
@@ -174,17 +185,17 @@ def _failures(failures: pl.DataFrame) -> list[Part]:
 def _runs(sweep: SweepFolder, table: pl.DataFrame) -> list[Part]:
     if table.is_empty():
         return [Absent("No run has ended yet.")]
-    shown = table.columns
+    columns = table.columns
     parts: list[Part] = []
-    if len(shown) > _MOST_COLUMNS:
+    if len(columns) > _MOST_COLUMNS:
         known = RESERVED | set(sweep.spec.names()) | {plot.y for plot in sweep.spec.plots}
-        shown = [name for name in shown if name in known]
+        columns = [name for name in columns if name in known]
         parts.append(
             Absent(
                 f"Of {len(table.columns)} columns the table shows parameters and what is plotted; {TABLE_NAME} has all."
             )
         )
-    return [*parts, table_of_frame("All runs", table.select(shown), folded=True)]
+    return [*parts, table_of_frame("All runs", table.select(columns), folded=True)]
 
 
 def table_of_frame(caption: str, frame: pl.DataFrame, *, folded: bool = False) -> Table:
@@ -192,20 +203,11 @@ def table_of_frame(caption: str, frame: pl.DataFrame, *, folded: bool = False) -
     columns = [Column(name, number=frame.schema[name].is_numeric()) for name in frame.columns]
     if frame.height > _MOST_ROWS:
         caption = f"{caption} (the first {_MOST_ROWS:,} of {frame.height:,} rows)"
-    rows = [[_cell(value) for value in row] for row in frame.head(_MOST_ROWS).iter_rows()]
+    rows = [
+        [code(str(value)) if name == "seed" else shown(value) for name, value in row.items()]
+        for row in frame.head(_MOST_ROWS).iter_rows(named=True)
+    ]
     return Table(caption=caption, columns=columns, rows=rows, search=frame.height > 20, folded=folded)
-
-
-def _cell(value: object) -> Cell:
-    match value:
-        case None:
-            return number(None)
-        case bool():
-            return text("on" if value else "off")
-        case int() | float():
-            return number(value)
-        case _:
-            return text(str(value))
 
 
 # --- two sweeps ------------------------------------------------------------------------------------------------------
@@ -244,7 +246,7 @@ def _good(table: pl.DataFrame) -> pl.DataFrame:
 
 
 def _compared(sweep: SweepFolder, table: pl.DataFrame, other: pl.DataFrame) -> list[str]:
-    """The metrics of the declared plots; of all, if there are none."""
+    """The metrics of the declared plots; if there are none, of all, those first that an experiment is about."""
     known = RESERVED | set(sweep.spec.names())
     common = [
         name
@@ -255,7 +257,7 @@ def _compared(sweep: SweepFolder, table: pl.DataFrame, other: pl.DataFrame) -> l
         and other.schema[name].is_numeric()
     ]
     declared = list(dict.fromkeys(plot.y for plot in sweep.spec.plots if plot.y in common))
-    return declared or common[:_MOST_METRICS]
+    return declared or sorted(common, key=lambda name: name not in _TIMES)[:_MOST_METRICS]
 
 
 def _said(sweep: SweepFolder) -> dict[str, str]:
@@ -265,8 +267,8 @@ def _said(sweep: SweepFolder) -> dict[str, str]:
         "replicates": str(spec.replicates),
         "seed": str(spec.seed),
         "version": sweep.code,
-        **{name: _cell(value).text for name, value in spec.fixed.items()},
-        **{name: ", ".join(_cell(value).text for value in values) for name, values in spec.grid.items()},
+        **{name: shown(value).text for name, value in spec.fixed.items()},
+        **{name: ", ".join(shown(value).text for value in values) for name, values in spec.grid.items()},
         **({"points": str(len(spec.points))} if spec.points else {}),
     }
 
@@ -285,7 +287,7 @@ def _ratio_parts(
         value, low, high = _ratio(this, other, metric)
         rows.append(
             [
-                *(_cell(this[name]) for name in by),
+                *(shown(this[name]) for name in by),
                 number(this[metric]),
                 number(other[metric]),
                 ratio(value),
@@ -294,7 +296,7 @@ def _ratio_parts(
             ]
         )
         if value is not None and x is not None and this[x] is not None:
-            line = ", ".join(f"{name} {_cell(this[name]).text}" for name in by if name != x)
+            line = ", ".join(f"{name} {shown(this[name]).text}" for name in by if name != x)
             at = (
                 this[x]
                 if isinstance(this[x], int | float) and not isinstance(this[x], bool)
@@ -303,8 +305,15 @@ def _ratio_parts(
             points.append(Estimate(at, value, low, high, line))
     parts: list[Part] = []
     title = f"{metric}: {names.this} / {names.other}"
-    if points and x is not None:
-        chart = estimates(points, x, "ratio of the means", x_log=plot is not None and plot.log_x)
+    lines = len({point.line for point in points})
+    if lines > len(PALETTE):
+        parts.append(
+            Absent(f"No plot of {title}: its {lines} lines could not be told apart. The table has all.")
+        )
+    elif x is not None and points:
+        positive = all(not isinstance(point.x, str) and point.x > 0 for point in points)
+        logarithmic = plot is not None and plot.log_x and positive
+        chart = estimates(points, x, "ratio of the means", x_log=logarithmic)
         caption = "Intervals are approximate: from the relative widths of both means' 95 % intervals."
         parts.append(Figure(title=title, spec=to_spec(chart, title), caption=caption))
     columns = [

@@ -33,6 +33,7 @@ LISTENER_LIMIT: Final = 64
 
 log = structlog.get_logger("shadowmmu.coordinator")
 
+_EVENTS: Final = "text/event-stream"
 _COMMON_HEADERS: Final = {
     "Cache-Control": "no-store",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -86,10 +87,13 @@ class _Events:
         self._listeners = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._listeners >= LISTENER_LIMIT:
-            response: Response = PlainTextResponse("Too many listen already.\n", status_code=503)
+        response: Response
+        if scope["method"] == "HEAD":  # whose answer would end with the run
+            response = Response(media_type=_EVENTS)
+        elif self._listeners >= LISTENER_LIMIT:
+            response = PlainTextResponse("Too many listen already.\n", status_code=503)
         else:
-            response = StreamingResponse(self._feed.events(), media_type="text/event-stream")
+            response = StreamingResponse(self._feed.events(), media_type=_EVENTS)
         self._listeners += 1
         try:
             await response(scope, receive, send)

@@ -68,15 +68,15 @@ function exitSeries() {
 // --- plots -------------------------------------------------------------------------------------------------------------
 
 const PLOTS = [
-  { title: "Guest instructions, per second", series: () => [{ label: "instructions/s", value: rate("vcpu.instructions") }] },
-  { title: "Exits by reason, per second", stacked: true, series: exitSeries },
-  { title: "Remote TLB flushes and kicks, per second", series: () => [
+  { title: "Guest instructions", perSecond: true, series: () => [{ label: "instructions/s", value: rate("vcpu.instructions") }] },
+  { title: "Exits by reason", perSecond: true, stacked: true, series: exitSeries },
+  { title: "Remote TLB flushes and kicks", perSecond: true, series: () => [
     { label: "remote flushes/s", value: rate("kvm.remote_tlb_flush") },
     { label: "kicks/s", value: rate("kicks.sent") }] },
   { title: "Out of sync, now", series: () => [
     { label: "unsync pages", value: now("kvm.mmu_unsync.current") },
     { label: "tlbs_dirty", value: (sample) => now("tlbs_dirty.raised")(sample) - now("tlbs_dirty.cleared")(sample) }] },
-  { title: "mmu_lock, per second", series: () => [
+  { title: "mmu_lock", perSecond: true, series: () => [
     { label: "taken/s", value: rate("lock.taken") }, { label: "waited for/s", value: rate("lock.waited") }] },
   { title: "Coverage: named points", series: () => [
     { label: "reached", value: now("points.reached") },
@@ -92,11 +92,12 @@ function niceTicks(highest) {
 }
 
 class Plot {
-  constructor(parent, { title, series, stacked = false }) {
-    Object.assign(this, { title, series, stacked, cursor: null });
-    this.svg = make("svg", { role: "img", "aria-label": title });
+  constructor(parent, { title, series, perSecond = false, stacked = false }) {
+    Object.assign(this, { series, perSecond, stacked, cursor: null });
+    const caption = perSecond ? `${title}, per second` : title;
+    this.svg = make("svg", { role: "img", "aria-label": caption });
     this.legend = tag("ul", "legend");
-    parent.append(tag("figure", "", tag("figcaption", "", title), this.svg, this.legend));
+    parent.append(tag("figure", "", tag("figcaption", "", caption), this.svg, this.legend));
     this.svg.addEventListener("pointermove", (event) => { this.cursor = event.offsetX; this.draw(); });
     this.svg.addEventListener("pointerleave", () => { this.cursor = null; this.draw(); });
     new ResizeObserver(() => this.draw()).observe(this.svg);
@@ -107,7 +108,7 @@ class Plot {
     if (!width || !samples.length) return;
     const series = this.series();
     const rows = samples.map((sample, index) => series.map(({ value }) => value(sample, samples[index - 1])));
-    if (rows.length > 1 && this.title.includes("per second")) rows[0] = rows[1];
+    if (rows.length > 1 && this.perSecond) rows[0] = rows[1];
     const tops = this.stacked ? rows.map(stack) : rows;
     const ticks = niceTicks(Math.max(1, ...tops.flat()));
     const end = Math.max(samples.at(-1).seconds, 1);

@@ -1,16 +1,26 @@
 "use strict";
 // Draws the charts, sorts tables by a click on a heading, and filters them by a text.
 (() => {
+  const options = {
+    ast: true,  // expressions are interpreted, since the page's policy forbids eval
+    renderer: "svg",
+    actions: { export: true, source: false, compiled: false, editor: false },
+    tooltip: { theme: "custom" },
+  };
+  // Vega breaks no lines: what does not fit beside the rest of a legend would be cut off.
+  const legendFits = (place) => {
+    const edge = place.querySelector("svg").getBoundingClientRect().right + 1;
+    return [...place.querySelectorAll(".role-legend")].every((one) => one.getBoundingClientRect().right <= edge);
+  };
   const draw = async (place) => {
     const spec = JSON.parse(document.getElementById(place.dataset.chart).textContent);
     try {
-      // ast: expressions are interpreted, since the page's policy forbids eval.
-      await vegaEmbed(place, spec, {
-        ast: true,
-        renderer: "svg",
-        actions: { export: true, source: false, compiled: false, editor: false },
-        tooltip: { theme: "custom" },
-      });
+      let drawn = await vegaEmbed(place, spec, options);
+      while (spec.config.legend.columns > 1 && !legendFits(place)) {
+        spec.config.legend.columns -= 1;
+        drawn.finalize();
+        drawn = await vegaEmbed(place, spec, options);
+      }
       place.dataset.drawn = "yes";
     } catch (error) {
       place.textContent = "This plot could not be drawn.";

@@ -1,16 +1,27 @@
-"""The figures that several pages have: distributions, alone or of two runs one over the other. Pure."""
+"""What several pages show of a run: its counters, its distributions alone or over those of another run. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from shadowmmu.reports.charts import density, percentiles, to_spec
 from shadowmmu.reports.distributions import Distribution, DistributionError, decode_distribution
-from shadowmmu.reports.page import Absent, Figure, Part
+from shadowmmu.reports.page import Absent, Figure, Part, Table, code, number, table
 
-__all__ = ["distribution_figures", "quantity"]
+__all__ = ["counter_table", "distribution_figures", "quantity"]
 
 _UNITS = {"us": "microseconds", "steps": "scheduler steps", "cycles": "cycles", "seconds": "seconds"}
+
+
+def counter_table(counters: Mapping[str, int]) -> Table:
+    """All counters by name, each also per 1,000 guest instructions."""
+    instructions = counters.get("vcpu.instructions", 0)
+    rows = [
+        [code(name), number(value), number(1000 * value / instructions if instructions else None, 3)]
+        for name, value in sorted(counters.items())
+    ]
+    columns = ["counter", "value", "per 1,000 instructions"]
+    return table("All counters", columns, rows, numbers=(1, 2), search=True, folded=True)
 
 
 def quantity(name: str) -> str:
