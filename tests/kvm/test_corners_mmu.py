@@ -59,7 +59,23 @@ from shadowmmu.kvm.unsync import kvm_unsync_page
 from shadowmmu.kvm.walker import walk_addr
 from shadowmmu.protocol.events import AuditFailed
 from shadowmmu.protocol.messages import Tdp
-from tests.kvm.kit import CR0, EFER_64, PAGE, READ, TABLE, A, P, U, W, World, drive, gva, points
+from tests.kvm.kit import (
+    CR0,
+    EFER_64,
+    PAGE,
+    READ,
+    TABLE,
+    A,
+    P,
+    U,
+    W,
+    World,
+    drive,
+    frame_address,
+    gva,
+    identity_map,
+    points,
+)
 
 DATA = 256
 
@@ -466,3 +482,17 @@ def test_memory_points_of_notifiers_and_table_writes(world: World, enabled: froz
     assert (Point.SPTE_UPDATE in effects) is bool(enabled)
     effects = list(points(kvm_mmu_pte_write(vcpu, 19 << 12, None, 8, False)))
     assert (Point.READ_GUEST_MEMORY in effects) is bool(enabled)
+
+
+@pytest.mark.parametrize("oos_shadow, unsync", [(True, 1), (False, 0)])
+def test_tables_stay_write_protected_if_they_may_not_go_out_of_sync(oos_shadow: bool, unsync: int) -> None:
+    world = World(vcpus=1, oos_shadow=oos_shadow)
+    world.boot()
+    identity_map(world)
+    vcpu = world.vcpus[0]
+    world.access(vcpu, frame_address(20))
+    leaf_table = 6
+    world.access(vcpu, frame_address(leaf_table, offset=8 * 40), write=True, value=world.gpte(leaf_table, 41))
+    assert world.kvm.stat.mmu_unsync == unsync
+    assert world.is_write_protected(leaf_table) is not oos_shadow
+    assert world.gpte(leaf_table, 40) == world.gpte(leaf_table, 41)
