@@ -112,7 +112,7 @@ class _World:
     def __init__(self) -> None:
         self.post = Post()
         journal = JournalFile(None)
-        self.service = MmuService(Prepared(Runner(CONFIG, journal.write), journal), 1.0)
+        self.service = MmuService(Prepared(Runner(CONFIG, journal.write), journal), 1.0, patience=0.0)
         self.service.endpoint = self.post  # type: ignore[assignment]
         self.service.start(VCPUS)
         self.now = 0.0

@@ -35,7 +35,7 @@ class Service:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         journal = JournalFile(None)
-        service = MmuService(Prepared(Runner(CONFIG, journal.write), journal), HEARTBEAT)
+        service = MmuService(Prepared(Runner(CONFIG, journal.write), journal), HEARTBEAT, patience=0.0)
 
         def lost(address: bytes, reason: ErrorCode, undelivered: int) -> None:
             service.on_peer_lost(address, reason, undelivered)

@@ -13,18 +13,21 @@ from typing import Final
 
 from shadowmmu.machine import Machine
 
-__all__ = ["Patience", "worker_next"]
+__all__ = ["PATIENCE_SECONDS", "Patience", "worker_next"]
 
 TURNS: Final = 4
 """Turns of the service without a message after which what may be on its way has come, or is late."""
-SECONDS: Final = 0.05
-"""The longest wait after the last message, at a point at which nothing has fallen yet."""
+PATIENCE_SECONDS: Final = 0.05
+"""The longest wait after the last message, at a point at which nothing has fallen yet: more than a worker waits for a
+processor if there are some times as many processes as processors.
+"""
 
 
 class Patience:
-    """Asked once a turn."""
+    """Asked once a turn. `seconds`: the longest wait, see PATIENCE_SECONDS; 0 for who has all messages at hand."""
 
-    def __init__(self, now: float) -> None:
+    def __init__(self, now: float, seconds: float = PATIENCE_SECONDS) -> None:
+        self._seconds = seconds
         self._heard = now
         self._turns = 0  # since a message came
 
@@ -41,7 +44,7 @@ class Patience:
         self._turns += 1
         if self._turns <= TURNS:
             return 0.0
-        left = self._heard + SECONDS - now
+        left = self._heard + self._seconds - now
         return left if worker_next and left > 0.0 else None
 
 

@@ -40,7 +40,7 @@ from shadowmmu.machine.vm_config import welcome
 from shadowmmu.mmu.fairness import Fairness
 from shadowmmu.mmu.host_requests import HostRequests
 from shadowmmu.mmu.options import SNAPSHOT_RECORDS
-from shadowmmu.mmu.patience import Patience, worker_next
+from shadowmmu.mmu.patience import PATIENCE_SECONDS, Patience, worker_next
 from shadowmmu.mmu.peers import Peer, Peers
 from shadowmmu.mmu.recovered import freeze, late_kick
 from shadowmmu.mmu.snapshot_files import SnapshotFiles
@@ -81,7 +81,7 @@ class MmuService:
     `prepared`: the machine with its journal, and the peers of an earlier process if it was recovered. `heartbeat`:
     seconds. `on_vcpu_attached()` is called when a vCPU has got a token, `on_vcpu_lost(number, text)` when one is given
     up. `endpoint` is the user's, who starts it when the service is to hear. A snapshot is taken about every
-    `snapshot_records` records.
+    `snapshot_records` records. `patience`: seconds that parked operations wait for workers (`Patience`).
     """
 
     def __init__(
@@ -90,6 +90,7 @@ class MmuService:
         heartbeat: float,
         *,
         snapshot_records: int = SNAPSHOT_RECORDS,
+        patience: float = PATIENCE_SECONDS,
         on_vcpu_attached: Callable[[], object] = lambda: None,
         on_vcpu_lost: Callable[[int, str], object] = lambda _number, _text: None,
     ) -> None:
@@ -116,7 +117,7 @@ class MmuService:
         self._draining = False
         self._blocked = False
         self._turn_due = False
-        self._patience = Patience(time.monotonic())
+        self._patience = Patience(time.monotonic(), patience)
         self._look_again: asyncio.TimerHandle | None = None  # set while all that there is to do is to wait
         self._fairness = Fairness(time.monotonic())
         tickets, last_ticket = (None, 0) if recovered is None else (recovered.tickets, recovered.last_ticket)
