@@ -12,6 +12,7 @@ import zmq
 from shadowmmu.client import Endpoint, HostClient, VcpuClient
 from shadowmmu.machine import Runner
 from shadowmmu.mmu.journal_file import JournalFile
+from shadowmmu.mmu.patience import PATIENCE_SECONDS
 from shadowmmu.mmu.service import MmuService
 from shadowmmu.mmu.startup import Prepared
 from shadowmmu.protocol import TO_MMU, ErrorCode
@@ -38,14 +39,22 @@ async def until() -> Until:
 class Served:
     """A service with two vCPUs on loopback; `now` is the time that its heartbeats go by."""
 
-    def __init__(self, path: Path, *, start: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        start: bool = True,
+        config: m.RunConfig = CONFIG,
+        patience: float = PATIENCE_SECONDS,
+    ) -> None:
         self.path = path
         self.lost: list[tuple[int, str]] = []
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.journal = JournalFile(path)
         self.service = MmuService(
-            Prepared(Runner(CONFIG, self.journal.write), self.journal),
+            Prepared(Runner(config, self.journal.write), self.journal),
             1.0,
+            patience=patience,
             on_vcpu_lost=lambda number, text: self.lost.append((number, text)),
         )
         self.endpoint = Endpoint.router(

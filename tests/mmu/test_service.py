@@ -7,17 +7,19 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import zmq
 
 from shadowmmu.client import HostClient, RequestRefused, SessionEnded, VcpuClient, probe
 from shadowmmu.cpu.guest.layout import direct
 from shadowmmu.machine import replay
+from shadowmmu.mmu.patience import worker_next
 from shadowmmu.mmu.service import KICK_SECONDS
 from shadowmmu.protocol import MISSED_LIMIT, VERSION_FRAME
 from shadowmmu.protocol import messages as m
 from shadowmmu.protocol.events import AccessFlag
-from tests.mmu.conftest import Served, Until
+from tests.mmu.conftest import CONFIG, Served, Until
 
 PAGE = direct(100 << 12)
 PFN = 0x100000 + 100
@@ -290,3 +292,26 @@ async def test_requests_before_the_start_wait_for_it(tmp_path: Path, until: Unti
     finally:
         early.journal.close()
         early.context.destroy(linger=0)
+
+
+async def test_a_parked_operation_waits_for_a_worker_that_is_to_send_and_for_nobody_else(
+    tmp_path: Path, until: Until
+) -> None:
+    """Of two vCPUs one enters, and is parked where nothing has fallen yet; the other is to send, and then is gone."""
+    config = msgspec.structs.replace(CONFIG, park_rate=1.0)
+    served = Served(tmp_path / "journal", config=config, patience=3600.0)
+    machine = served.service.runner.machine
+    try:
+        async with served.endpoint, await served.vcpu() as one, await served.vcpu() as other:
+            entered = asyncio.ensure_future(one.enter())
+            await until(lambda: machine.parked)
+            await until(lambda: worker_next(machine))
+            for _ in range(3):
+                await probe(served.address, context=served.context)
+            assert machine.parked
+            assert not entered.done()
+            await other.detach()
+            assert (await entered).entry == 1
+    finally:
+        served.journal.close()
+        served.context.destroy(linger=0)
