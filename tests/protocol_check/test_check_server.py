@@ -18,6 +18,7 @@ from shadowmmu.protocol_check import (
     check_server,
     server_checks,
 )
+from shadowmmu.protocol_check.checks import Report
 from shadowmmu.protocol_check.lab import Lab
 from tests.protocol_check.broken_services import MUTANTS
 from tests.protocol_check.conftest import Service
@@ -82,13 +83,25 @@ def test_a_service_that_is_in_use_cannot_be_checked(service: Service) -> None:
         lab.close()
 
 
+TRIES = 10
+"""A service that waits for a processor may get a message and the new connection at once: then nothing was lost."""
+
+
+def checked(looked_for: str) -> Report:
+    with Service() as service:
+        return check_server(service.address, LIMITS, only={looked_for, CONTROL}.__contains__)
+
+
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_broken_service_is_found_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mutant, check = MUTANTS[name]
     looked_for = f"server.{check}"
     mutant(monkeypatch)
-    with Service() as service:
-        report = check_server(service.address, LIMITS, only={looked_for, CONTROL}.__contains__)
+    report = checked(looked_for)
+    for _ in range(TRIES - 1):
+        if not report.passed:
+            break
+        report = checked(looked_for)
     outcomes = {result.check.id: result for result in report.results}
     assert outcomes[looked_for].outcome is Outcome.FAILED
     assert outcomes[looked_for].text
