@@ -118,7 +118,7 @@ class MmuService:
         self._blocked = False
         self._turn_due = False
         self._patience = Patience(time.monotonic(), patience)
-        self._look_again: asyncio.TimerHandle | None = None  # set while all that there is to do is to wait
+        self._look_again: asyncio.TimerHandle | None = None  # of the last wait for workers
         self._fairness = Fairness(time.monotonic())
         tickets, last_ticket = (None, 0) if recovered is None else (recovered.tickets, recovered.last_ticket)
         self._hosts = HostRequests(self.runner, self.peers, self._fairness, tickets, last_ticket)
@@ -168,6 +168,8 @@ class MmuService:
         self._admit()
         self._schedule_turn()
         await self._idle.wait()
+        if self._look_again is not None:
+            self._look_again.cancel()
         digest = self.runner.finish()
         self._journal.close()
         return digest
